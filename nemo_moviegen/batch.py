@@ -1,0 +1,46 @@
+"""What the data rooms hand to the training rooms: every field with shape, type and range."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoBatch:
+    """Latents of one shape with their prompts. B clips, T C H W latent axes, L text tokens of one encoder."""
+
+    latent_BTCHW: torch.Tensor
+    """Normalised TAE latents, about zero mean and unit deviation per channel."""
+    contexts: tuple[torch.Tensor, ...]
+    """Features [B, L, width] of each text encoder, in the order of the recipe's `size.contexts`."""
+    masks: tuple[torch.Tensor, ...]
+    """Bool [B, L] for each encoder: True where a token is real, False where it is padding."""
+    sample_ids: torch.Tensor
+    """int64 [B], unique in the data set: what noise and time are keyed by."""
+    epochs: torch.Tensor
+    """int64 [B]: how often the sample was seen before."""
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the samples are one latent frame long (s3.1: an image is a one-frame video)."""
+        return self.latent_BTCHW.shape[1] == 1
+
+    def rows(self, start, stop) -> "VideoBatch":
+        """Samples start..stop-1: a micro-batch."""
+        return VideoBatch(
+            latent_BTCHW=self.latent_BTCHW[start:stop],
+            contexts=tuple(c[start:stop] for c in self.contexts),
+            masks=tuple(m[start:stop] for m in self.masks),
+            sample_ids=self.sample_ids[start:stop],
+            epochs=self.epochs[start:stop],
+        )
+
+    def to(self, device, dtype=None) -> "VideoBatch":
+        """The batch on `device`, its floating-point tensors as `dtype` where given."""
+        return VideoBatch(
+            latent_BTCHW=self.latent_BTCHW.to(device, dtype),
+            contexts=tuple(c.to(device, dtype) for c in self.contexts),
+            masks=tuple(m.to(device) for m in self.masks),
+            sample_ids=self.sample_ids.to(device),
+            epochs=self.epochs.to(device),
+        )
