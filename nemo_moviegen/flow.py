@@ -117,7 +117,7 @@ def midpoint_step(velocity_fn, x_BTCHW, t, t_next) -> torch.Tensor:
 
 
 def guide(conditional, unconditional, scale) -> torch.Tensor:
-    """Classifier-free guidance (s3.4): scale 0 is `unconditional`, 1 exactly `conditional`, more goes beyond it."""
+    """Classifier-free guidance (s3.4): scale 0 is `unconditional`, 1 exactly `conditional`."""
     return conditional + (scale - 1) * (conditional - unconditional)
 
 

@@ -1,4 +1,4 @@
-"""Flow matching: the path, its velocity, time, noise, schedules, solvers, guidance (Movie Gen s3.1.2, s3.4)."""
+"""Flow matching: the path, its velocity, time, noise, schedules, solvers, guidance (s3.1.2, s3.4)."""
 
 import math
 
