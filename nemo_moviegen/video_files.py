@@ -106,10 +106,10 @@ def pick_frames(num_frames, num_picked) -> list[int]:
 
 
 def contact_sheet(videos, captions, path, *, num_columns=8, cell_px=120) -> Path:
-    """Write one PNG with a captioned row of frames for each video ([T, 3, H, W] in [-1, 1]); returns the path.
+    """Write one PNG with a captioned row of frames for each video, [T, 3, H, W] in [-1, 1]; returns it.
 
-    Rows hold at most `num_columns` frames, evenly spaced from first to last and enlarged to `cell_px` on their
-    longer side. Raises ValueError where videos and captions do not pair up.
+    Rows hold at most `num_columns` frames, evenly spaced from first to last, their longer side `cell_px`.
+    Raises ValueError where videos and captions do not pair up.
     """
     from PIL import Image, ImageDraw, ImageFont
 

@@ -81,7 +81,7 @@ def test_a_file_that_is_no_video_is_named(tmp_path, content):
     path = tmp_path / "broken.mp4"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="broken.mp4"):
+    with pytest.raises(ValueError, match=r"broken\.mp4"):
         read_frames(path)
 
 

@@ -1,0 +1,281 @@
+"""Text to video (Movie Gen s3.4): prompt -> noise -> latent -> frames -> mp4.
+
+Axis letters: B clips, T frames, C channels, H W height and width, L text tokens. t = 0 is noise,
+t = 1 is data.
+"""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from nemo_moviegen import flow
+from nemo_moviegen.prompts import with_fps
+from nemo_moviegen.video_files import contact_sheet, write_mp4, write_png
+
+LATENT_STRIDE = 8
+"""Pixels and frames of one latent position (s3.1.1)."""
+SETTINGS_FILE = "settings.json"
+SHEET_FILE = "contact_sheet.png"
+
+
+def generate(
+    run_folder,
+    prompts,
+    output,
+    *,
+    autoencoder_folder,
+    encoders_folder,
+    latents_folder,
+    num_frames,
+    height_px,
+    width_px,
+    fps,
+    num_steps=50,
+    emulated_steps=250,
+    guidance_scale=None,
+    seed=0,
+    batch_size=4,
+) -> list[Path]:
+    """Write one mp4 a prompt (PNG for num_frames = 1), a contact sheet and the settings; returns the files.
+
+    Sampling is Euler over the linear-quadratic schedule with classifier-free guidance (s3.4); where
+    `guidance_scale` is None the recipe's counts. The noise of prompt i is keyed by (seed, i), so neither
+    `batch_size` nor the other prompts change a sample. Raises ValueError before any model is loaded where a
+    folder, a prompt, a size or the output does not serve.
+    """
+    from nemo_moviegen.data.latents import LatentReader
+    from nemo_moviegen.text_encoders import TextEncoders
+    from nemo_moviegen.training.autoencoder import load_autoencoder
+    from nemo_moviegen.training.checkpoint import load_video_model
+
+    output = Path(output)
+    folders = {
+        "run": run_folder,
+        "autoencoder": autoencoder_folder,
+        "text encoder": encoders_folder,
+        "latents": latents_folder,
+    }
+    for kind, folder in folders.items():
+        check_folder(kind, folder)
+    check_prompts(prompts)
+    latent_THW = latent_size(num_frames, height_px, width_px)
+    check_rate(fps, batch_size)
+    schedule = flow.linear_quadratic_schedule(num_steps, emulated_steps)
+    check_fits(run_folder, latent_THW)
+    check_writable(output)
+
+    latents = LatentReader(latents_folder)
+    model, recipe = load_video_model(run_folder)
+    scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
+    encoders = TextEncoders.load(encoders_folder, recipe.size.contexts)
+    features = encoders.encode([with_fps(prompt, fps) for prompt in prompts])
+    del encoders  # the largest of the three models: its memory is worth more to the decoder
+    autoencoder = load_autoencoder(autoencoder_folder)
+
+    started = time.perf_counter()
+    mean_C, std_C = torch.as_tensor(latents.mean_C), torch.as_tensor(latents.std_C)
+    latent_BTCHW = sample_prompts(
+        model,
+        features,
+        latents.empty_prompt,
+        recipe.size.contexts,
+        (latent_THW[0], recipe.size.output_channels, *latent_THW[1:]),
+        schedule=schedule,
+        guidance_scale=scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    videos = [decode(autoencoder, latent, mean_C, std_C, num_frames) for latent in latent_BTCHW]
+    seconds = time.perf_counter() - started
+
+    files = write_samples(videos, prompts, output, fps)
+    settings = {
+        **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in folders.items()},
+        "recipe": recipe.name,
+        "num_frames": num_frames,
+        "height_px": height_px,
+        "width_px": width_px,
+        "fps": fps,
+        "schedule": f"linear-quadratic, {num_steps} Euler steps emulating {emulated_steps}",
+        "guidance_scale": scale,
+        "seed": seed,
+        "sampling_seconds": round(seconds, 3),
+        "samples": [{"prompt": p, "file": f.name} for p, f in zip(prompts, files, strict=True)],
+    }
+    (output / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return [*files, output / SHEET_FILE, output / SETTINGS_FILE]
+
+
+def sample_prompts(
+    model, features, empty_prompt, context_sizes, latent_TCHW, *, schedule, guidance_scale, seed, batch_size
+) -> torch.Tensor:
+    """Normalised latents [B, T, C, H, W] on the CPU, one for each element of `features`.
+
+    `features` and `empty_prompt` map an encoder's name to its real tokens [L, width]; `latent_TCHW` is
+    a shape.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("sampling"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps"),
+        TimeRemainingColumn(),
+    )
+    device = next(model.parameters()).device
+    starts = range(0, len(features), batch_size)
+    latents = []
+    with Progress(*columns) as progress:
+        task = progress.add_task("", total=len(starts) * (len(schedule) - 1))
+        for start in starts:
+            rows = range(start, min(start + batch_size, len(features)))
+            latent_BTCHW = sample_latents(
+                model.velocity,
+                flow.draw_noise(latent_TCHW, seed, rows, [0] * len(rows)).to(device),
+                pad_contexts([features[row] for row in rows], context_sizes, device),
+                pad_contexts([empty_prompt] * len(rows), context_sizes, device),
+                schedule=schedule,
+                guidance_scale=guidance_scale,
+                progress=lambda intervals: progress.track(intervals, task_id=task),
+            )
+            latents.append(latent_BTCHW.cpu())
+    return torch.cat(latents)
+
+
+def sample_latents(velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_scale, progress=None):
+    """Euler from noise (t = 0) to data (t = 1) with classifier-free guidance (s3.4); returns x_BTCHW.
+
+    `prompt` and `empty` are (contexts, masks) of `pad_contexts`; both halves go through
+    `velocity(x_BTCHW, t_B, contexts, masks)` as one batch, the prompted half first.
+    """
+    batch = len(noise_BTCHW)
+    contexts, masks = (
+        tuple(torch.cat(pair) for pair in zip(*both, strict=True)) for both in zip(prompt, empty, strict=True)
+    )
+
+    def guided(x_BTCHW, t_B):
+        both = velocity(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([t_B, t_B]), contexts, masks)
+        return flow.guide(both[:batch], both[batch:], guidance_scale)
+
+    return flow.sample(guided, noise_BTCHW, schedule, progress=progress)
+
+
+def pad_contexts(features, context_sizes, device=None):
+    """(contexts, masks) for the backbone: per encoder [B, max_tokens, width] and bool [B, max_tokens].
+
+    `features` holds one dict a prompt of encoder name -> real tokens [L, width]; padding is zero and masked.
+    ValueError where a feature is wider or longer than the model takes.
+    """
+    contexts, masks = [], []
+    for size in context_sizes:
+        context = torch.zeros(len(features), size.max_tokens, size.width)
+        mask = torch.zeros(len(features), size.max_tokens, dtype=torch.bool)
+        for row, feature in enumerate(features):
+            tokens = torch.as_tensor(feature[size.name]).float()
+            if tokens.ndim != 2 or tokens.shape[1] != size.width or len(tokens) > size.max_tokens:
+                raise ValueError(
+                    f"features of {size.name} have shape {list(tokens.shape)}, the model takes [up to "
+                    f"{size.max_tokens}, {size.width}]: use the encoders and latents it was trained with"
+                )
+            context[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = True
+        contexts.append(context.to(device))
+        masks.append(mask.to(device))
+    return tuple(contexts), tuple(masks)
+
+
+@torch.no_grad()
+def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames) -> torch.Tensor:
+    """Video [num_frames, 3, H, W] in [-1, 1] of a normalised latent."""
+    raw_TCHW = latent_TCHW.float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
+    return autoencoder.decode(raw_TCHW[None], num_frames=num_frames)[0].clamp(-1, 1)
+
+
+def write_samples(videos, prompts, output, fps) -> list[Path]:
+    """One file a video [T, 3, H, W], named by number and prompt, and the contact sheet; returns the files."""
+    files = []
+    for index, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        stem = f"{index:03d}-{_slug(prompt)}"
+        if len(video) == 1:
+            files.append(write_png(video[0], output / f"{stem}.png"))
+        else:
+            files.append(write_mp4(video, output / f"{stem}.mp4", fps))
+    contact_sheet(videos, prompts, output / SHEET_FILE)
+    return files
+
+
+def latent_size(num_frames, height_px, width_px) -> tuple[int, int, int]:
+    """(frames, height, width) of the latent; ValueError where a side is no multiple of 16 px (8x, patch 2)"""
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}; an image has 1, a video more")
+    step = 2 * LATENT_STRIDE
+    for side, length in (("height_px", height_px), ("width_px", width_px)):
+        if length < step or length % step:
+            near = max(step, round(length / step) * step)
+            raise ValueError(f"{side} is {length}; it must be a multiple of {step}, for example {near}")
+    return -(-num_frames // LATENT_STRIDE), height_px // LATENT_STRIDE, width_px // LATENT_STRIDE
+
+
+def check_prompts(prompts):
+    """ValueError where there is no prompt, or an empty one."""
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError(f"prompts are {prompts!r}; give a list of at least one")
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} of {len(prompts)} is empty; describe the video in words")
+
+
+def check_rate(fps, batch_size):
+    """ValueError for a frame rate or batch size that cannot be."""
+    if not fps > 0:
+        raise ValueError(f"fps is {fps}; use the frame rate the model was trained at, for example 16")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; use 1 or more")
+
+
+def check_folder(kind, folder):
+    """ValueError where `folder` is missing or empty."""
+    folder = Path(folder)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        state = "is empty" if folder.is_dir() else "does not exist"
+        raise ValueError(f"the {kind} folder {folder} {state}; give the folder its stage has written")
+
+
+def check_fits(run_folder, latent_THW):
+    """ValueError where the run's recipe is missing or its position tables are smaller than the latent."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from nemo_moviegen.sizes import TransformerSize
+
+    path = Path(run_folder) / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{run_folder} holds no recipe.yaml: it is not the output folder of a training run")
+    try:
+        size = OmegaConf.load(path).size
+        size = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TransformerSize), size))
+    except (OmegaConfBaseException, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is not the recipe of a video model: {str(error).splitlines()[0]}") from None
+    size.num_tokens(latent_THW)
+
+
+def check_writable(output):
+    """Make the folder `output`; ValueError where that, or writing in it, is not allowed."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {output} ({error.strerror}); choose another output folder"
+        ) from None
+
+
+def _slug(prompt):
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "sample"

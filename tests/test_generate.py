@@ -1,0 +1,200 @@
+"""Sampling: from prompts to files, with guidance, keyed noise and errors before any work."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_moviegen import flow
+from nemo_moviegen.generate import (
+    check_fits,
+    check_folder,
+    check_prompts,
+    check_writable,
+    decode,
+    latent_size,
+    pad_contexts,
+    sample_latents,
+    sample_prompts,
+    write_samples,
+)
+from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
+from nemo_moviegen.video_files import read_frames
+
+SIZES = (ContextSize(name="ul2", width=4, max_tokens=5), ContextSize(name="byt5", width=3, max_tokens=2))
+LATENT_TCHW = (2, 16, 4, 6)
+
+
+def features(value, num_tokens=3):
+    return {"ul2": np.full((num_tokens, 4), value, np.float32), "byt5": np.zeros((0, 3), np.float32)}
+
+
+class TowardsItsPrompt(torch.nn.Module):
+    """The exact velocity of a data set whose only clip is flat: the mean of the prompt's first encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.batches = []
+
+    def velocity(self, x_BTCHW, t_B, contexts, masks):
+        self.batches.append(len(x_BTCHW))
+        real = (contexts[0] * masks[0][..., None]).sum((1, 2)) / (4 * masks[0].sum(1))
+        data = real.view(-1, 1, 1, 1, 1)
+        noise = (x_BTCHW - t_B.view(-1, 1, 1, 1, 1) * data) / (1 - t_B * (1 - flow.SIGMA_MIN)).view(
+            -1, 1, 1, 1, 1
+        )
+        return flow.velocity_target(noise, data.expand_as(noise))
+
+
+def sample(model, values, *, seed=0, batch_size=4, guidance_scale=1.0, num_steps=10):
+    return sample_prompts(
+        model,
+        [features(value) for value in values],
+        features(0.0, num_tokens=1),
+        SIZES,
+        LATENT_TCHW,
+        schedule=flow.linear_quadratic_schedule(num_steps, 250),
+        guidance_scale=guidance_scale,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+
+def test_every_sample_arrives_at_its_own_prompt():
+    latents = sample(TowardsItsPrompt(), [0.5, -2.0, 3.0], batch_size=2)
+    assert latents.shape == (3, *LATENT_TCHW)
+    for latent, value in zip(latents, [0.5, -2.0, 3.0], strict=True):
+        torch.testing.assert_close(latent, torch.full_like(latent, value), atol=1e-3, rtol=0)
+
+
+def test_prompted_and_empty_halves_share_one_batch():
+    model = TowardsItsPrompt()
+    sample(model, [1.0, 2.0, 3.0], batch_size=2, num_steps=4)
+    assert model.batches == [4] * 4 + [2] * 4
+
+
+def test_guidance_goes_beyond_the_prompt_away_from_the_empty_one():
+    def velocity(x_BTCHW, t_B, contexts, masks):
+        return contexts[0][:, 0, 0].view(-1, 1, 1, 1, 1).expand_as(x_BTCHW)
+
+    noise = torch.zeros(2, *LATENT_TCHW)
+    latents = sample_latents(
+        velocity,
+        noise,
+        pad_contexts([features(2.0)] * 2, SIZES),
+        pad_contexts([features(0.5)] * 2, SIZES),
+        schedule=flow.linear_schedule(3),
+        guidance_scale=4.0,
+    )
+    torch.testing.assert_close(latents, torch.full_like(latents, 0.5 + 4.0 * 1.5))
+
+
+def test_a_sample_depends_on_seed_and_number_but_not_on_the_batch():
+    class Still(TowardsItsPrompt):
+        def velocity(self, x_BTCHW, t_B, contexts, masks):
+            return torch.zeros_like(x_BTCHW)
+
+    alone, together = (sample(Still(), [1.0] * 3, batch_size=size) for size in (1, 3))
+    assert torch.equal(alone, together)
+    assert not torch.equal(alone[0], alone[1])
+    assert not torch.equal(alone, sample(Still(), [1.0] * 3, seed=1))
+
+
+def test_padding_is_masked_and_an_encoder_may_see_no_token():
+    contexts, masks = pad_contexts([features(1.0, 2), features(2.0, 5)], SIZES)
+    assert [tuple(c.shape) for c in contexts] == [(2, 5, 4), (2, 2, 3)]
+    assert masks[0].tolist() == [[True, True, False, False, False], [True] * 5]
+    assert not masks[1].any()
+    assert contexts[0][0, 2:].abs().max() == 0
+
+
+def test_features_of_other_encoders_are_refused():
+    with pytest.raises(ValueError, match=r"ul2 have shape \[3, 7\]"):
+        pad_contexts([{**features(1.0), "ul2": np.zeros((3, 7))}], SIZES)
+
+
+def test_decoding_undoes_the_normalisation_of_each_channel():
+    seen = []
+    autoencoder = types.SimpleNamespace(
+        decode=lambda latent, num_frames: seen.append(latent) or torch.full((1, num_frames, 3, 8, 8), 7.0)
+    )
+    mean, std = torch.arange(16.0), torch.arange(16.0) + 1
+    video = decode(autoencoder, torch.ones(LATENT_TCHW), mean, std, num_frames=11)
+    assert video.shape == (11, 3, 8, 8)
+    assert video.max() == 1
+    torch.testing.assert_close(seen[0][0, 1, :, 2, 3], mean + std)
+
+
+def test_videos_become_mp4_files_and_images_png_files(tmp_path):
+    videos = [torch.zeros(5, 3, 16, 16), torch.zeros(1, 3, 16, 16)]
+    files = write_samples(videos, ['A red "circle"!', "//"], tmp_path, fps=8)
+    assert [file.name for file in files] == ["000-a-red-circle.mp4", "001-sample.png"]
+    assert [len(read_frames(file)) for file in files] == [5, 1]
+    assert (tmp_path / "contact_sheet.png").stat().st_size > 500
+
+
+def test_latent_sizes():
+    assert latent_size(16, 64, 96) == (2, 8, 12)
+    assert latent_size(1, 64, 64) == (1, 8, 8)
+    assert latent_size(17, 16, 16) == (3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [((0, 64, 64), "num_frames"), ((16, 72, 64), "height_px is 72"), ((16, 64, 0), "width_px")],
+)
+def test_sizes_the_model_cannot_make_are_refused(size, words):
+    with pytest.raises(ValueError, match=words):
+        latent_size(*size)
+
+
+@pytest.mark.parametrize("prompts", [[], "a prompt", ["fine", "  "]])
+def test_missing_prompts_are_refused(prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        check_prompts(prompts)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"latents folder .*nowhere does not exist"):
+        check_folder("latents", tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="is empty"):
+        check_folder("latents", tmp_path)
+
+
+def write_recipe(folder, **size):
+    from omegaconf import OmegaConf
+
+    from recipes.tiny import t2i
+
+    recipe = OmegaConf.structured(t2i())
+    folder.mkdir(exist_ok=True)
+    text = OmegaConf.to_yaml(recipe)
+    for key, value in size.items():
+        text = text.replace(f"{key}: {getattr(VIDEO_TINY, key)}", f"{key}: {value}")
+    (folder / "recipe.yaml").write_text(text)
+
+
+def test_a_latent_beyond_the_position_tables_is_refused(tmp_path):
+    write_recipe(tmp_path)
+    check_fits(tmp_path, (VIDEO_TINY.max_frames, 8, 8))
+    with pytest.raises(ValueError, match=f"needs {VIDEO_TINY.max_frames + 1} positions"):
+        check_fits(tmp_path, (VIDEO_TINY.max_frames + 1, 8, 8))
+    write_recipe(tmp_path, max_frames=3)
+    with pytest.raises(ValueError, match="needs 8 positions, video_tiny has 3"):
+        check_fits(tmp_path, (8, 8, 8))
+
+
+def test_a_folder_without_a_video_recipe_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe\.yaml"):
+        check_fits(tmp_path, (1, 8, 8))
+    (tmp_path / "recipe.yaml").write_text("name: tiny.tae\n")
+    with pytest.raises(ValueError, match="not the recipe of a video model"):
+        check_fits(tmp_path, (1, 8, 8))
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="cannot write to"):
+        check_writable(tmp_path / "taken")
