@@ -4,9 +4,12 @@ One tree serves the planner, the trainer, the NeMo-Run factory and the command l
 written in Python (`recipes/`); `override` is the only way to change one from the command line.
 """
 
-import difflib
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
+from nemo_moviegen.settings import from_plain
+from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
 
 
@@ -62,6 +65,17 @@ class Optim:
     def __post_init__(self):
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"optim.decay is {self.decay!r}; use constant or cosine")
+        for name in ("learning_rate", "eps", "clip_grad"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; use a number above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}; use 0 or more and less than 1")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0 and self.warmup_steps >= 0):
+            raise ValueError(
+                f"optim.weight_decay {self.weight_decay} and optim.warmup_steps {self.warmup_steps} "
+                "must not be negative"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +85,17 @@ class LatentData:
     folder: str
     """Folder with the shards, their index and their statistics."""
     image_every: int = 11
-    """One iteration in this many takes images, the others clips: 11 is the paper's 1:10; 1 = images only, 0 = none."""
+    """One iteration in this many takes images: 11 is the paper's 1:10, 1 images only, 0 none."""
     prompt_drop: float = 0.1
     """Share of samples that see the empty prompt, for classifier-free guidance (our default)."""
+
+    def __post_init__(self):
+        if self.image_every < 0:
+            raise ValueError(
+                f"data.image_every is {self.image_every}; use 0 for no images, 1 for images only"
+            )
+        if not 0 <= self.prompt_drop <= 1:
+            raise ValueError(f"data.prompt_drop is {self.prompt_drop}; it is a share, use 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +107,11 @@ class Bucket:
     width_px: int
     fps: float
 
+    def __post_init__(self):
+        for name in ("num_frames", "height_px", "width_px", "fps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"bucket.{name} is {getattr(self, name)}; use a number above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipData:
@@ -95,6 +122,12 @@ class ClipData:
     bucket: Bucket
     image_every: int = 4
     """One iteration in this many takes images: 4 is the paper's 1:3 (s3.1.1)."""
+
+    def __post_init__(self):
+        if self.image_every < 0:
+            raise ValueError(
+                f"data.image_every is {self.image_every}; use 0 for no images, 1 for images only"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +190,13 @@ class VideoRecipe(Recipe):
         heads, tensor = self.size.num_heads, self.layout.tensor
         if heads % tensor:
             raise ValueError(
-                f"{self.name}: {heads} heads do not split over tensor {tensor}: use a divisor of {heads} as layout.tensor"
+                f"{self.name}: {heads} heads do not split over tensor {tensor}: "
+                f"use a divisor of {heads} as layout.tensor"
             )
         if self.size.ffn_width % tensor:
-            raise ValueError(f"{self.name}: ffn_width {self.size.ffn_width} does not split over tensor {tensor}")
+            raise ValueError(
+                f"{self.name}: ffn_width {self.size.ffn_width} does not split over tensor {tensor}"
+            )
         for frames in {1 if self.data.image_every else self.latent_frames, self.latent_frames}:
             self._check_tokens((frames, self.latent_height, self.latent_width))
 
@@ -169,8 +205,8 @@ class VideoRecipe(Recipe):
         ranks = self.layout.context * (self.layout.tensor if self.layout.sequence else 1)
         if tokens % ranks:
             raise ValueError(
-                f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do not split "
-                f"over context {self.layout.context} x sequence-parallel {ranks // self.layout.context}: "
+                f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do not "
+                f"split over context {self.layout.context} x sequence-parallel {ranks // self.layout.context}: "
                 f"use a bucket whose tokens divide by {ranks}, or a smaller layout"
             )
 
@@ -188,12 +224,14 @@ class AutoencoderSize:
     def __post_init__(self):
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         if len(self.multipliers) != 4:
-            raise ValueError(f"multipliers {self.multipliers} need four levels: three of them halve, 8x in all")
+            raise ValueError(
+                f"multipliers {self.multipliers} need four levels: three of them halve, 8x in all"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaeRecipe(Recipe):
-    """Training of the temporal autoencoder (s3.1.1). The loss weights but the outlier penalty's are our default."""
+    """Training of the temporal autoencoder (s3.1.1). All loss weights but the outlier penalty's are ours."""
 
     autoencoder: AutoencoderSize = field(default_factory=AutoencoderSize)
     data: ClipData
@@ -205,52 +243,23 @@ class TaeRecipe(Recipe):
     """r of eq. 1: standard deviations a latent may leave the mean."""
 
 
-def override(recipe, assignments):
-    """`recipe` with `key.path=value` assignments applied and checked again.
+def recipe_yaml(recipe) -> str:
+    """The whole recipe as YAML, with its kind: what `read_recipe` reads and a run folder keeps."""
+    import yaml
 
-    Raises ValueError naming the nearest key for an unknown one, and the wanted type for a bad value.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not assignments:
-        return recipe
-    tree = OmegaConf.structured(recipe)
-    _unfreeze(tree)
-    known = sorted(_leaf_keys(OmegaConf.to_container(tree)))
-    for assignment in assignments:
-        key, separator, _ = assignment.partition("=")
-        if not separator:
-            raise ValueError(f"{assignment!r} is not an assignment: write key=value, for example num_steps=100")
-        if key not in known:
-            raise ValueError(f"{recipe.name} has no setting {key!r}{nearest(key, known)}")
-        try:
-            tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([assignment]))
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{assignment!r} does not fit {recipe.name}: {str(error).splitlines()[0]}") from None
-    return OmegaConf.to_object(tree)
+    return yaml.safe_dump({"kind": type(recipe).__name__, **asdict(recipe)}, sort_keys=False)
 
 
-def nearest(word, known) -> str:
-    """`; did you mean X?`, or the list of what is known where nothing is near."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if not close:  # a bare leaf name: `tensor` for `layout.tensor`
-        close = [k for k in known if k.rsplit(".", 1)[-1] == word][:1]
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+def read_recipe(path):
+    """The recipe in a file that `recipe_yaml` wrote; ValueError names the file and what is wrong in it."""
+    import yaml
 
-
-def _unfreeze(node):
-    from omegaconf import Container, OmegaConf
-
-    OmegaConf.set_readonly(node, False)  # frozen dataclasses become read-only nodes, each with its own flag
-    for child in node.values() if hasattr(node, "values") else node:
-        if isinstance(child, Container):
-            _unfreeze(child)
-
-
-def _leaf_keys(tree, prefix=""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaf_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    kinds = {kind.__name__: kind for kind in (VideoRecipe, TaeRecipe)}
+    kind = values.pop("kind", None) if isinstance(values, dict) else None
+    if kind not in kinds:
+        raise ValueError(f"{path} is no recipe: its kind is {kind!r}, it needs one of {', '.join(kinds)}")
+    return from_plain(kinds[kind], values, str(path))

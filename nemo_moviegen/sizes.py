@@ -51,13 +51,27 @@ class TransformerSize:
 
     def __post_init__(self):
         object.__setattr__(self, "contexts", tuple(self.contexts))
+        counts = (
+            "num_layers",
+            "width",
+            "ffn_width",
+            "num_heads",
+            "patch_frames",
+            "patch_height",
+            "patch_width",
+        )
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{self.name}: {name} is {getattr(self, name)}; use 1 or more")
         if self.width % self.num_heads:
             raise ValueError(
                 f"{self.name}: width {self.width} does not split into {self.num_heads} heads; "
                 f"set num_heads to a divisor of {self.width}"
             )
         if self.time_frequencies % 2:
-            raise ValueError(f"{self.name}: time_frequencies {self.time_frequencies} must be even (sines and cosines)")
+            raise ValueError(
+                f"{self.name}: time_frequencies {self.time_frequencies} must be even (sines and cosines)"
+            )
 
     @property
     def head_width(self) -> int:
@@ -75,11 +89,13 @@ class TransformerSize:
         return self.patch_frames * self.patch_height * self.patch_width * self.output_channels
 
     def num_tokens(self, latent_shape: tuple[int, int, int]) -> int:
-        """Tokens of a latent of (frames, height, width); ValueError if the patch or the tables do not fit it."""
+        """Tokens of a latent of (frames, height, width); ValueError if patch or tables do not fit it."""
         patch = (self.patch_frames, self.patch_height, self.patch_width)
         tables = (self.max_frames, self.max_height, self.max_width)
         tokens = 1
-        for axis, length, step, table in zip(("frames", "height", "width"), latent_shape, patch, tables, strict=True):
+        for axis, length, step, table in zip(
+            ("frames", "height", "width"), latent_shape, patch, tables, strict=True
+        ):
             if length <= 0 or length % step:
                 raise ValueError(f"latent {axis} {length} is not a positive multiple of the patch's {step}")
             if length // step > table:
@@ -115,7 +131,7 @@ UPSAMPLER_7B = TransformerSize(  # s3.1.5 states 7B and the channel concatenatio
     max_width=160,
     contexts=_VIDEO_CONTEXTS,
 )
-AUDIO_13B = TransformerSize(  # s6.1.2: 36 layers, 4608, 18432; 36 heads of 128 and a plain FFN are our default
+AUDIO_13B = TransformerSize(  # s6.1.2; the number of heads and the plain FFN are our default
     name="audio_13b",
     num_layers=36,
     width=4608,

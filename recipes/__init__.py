@@ -1,6 +1,6 @@
 """What is trained: argument-free functions that return a `Recipe`. This table is the only registry."""
 
-from nemo_moviegen.recipe import nearest
+from nemo_moviegen.settings import nearest
 from recipes import tiny
 
 RECIPES = {

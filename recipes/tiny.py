@@ -2,7 +2,16 @@
 
 from dataclasses import replace
 
-from nemo_moviegen.recipe import AutoencoderSize, Bucket, ClipData, LatentData, Layout, Optim, TaeRecipe, VideoRecipe
+from nemo_moviegen.recipe import (
+    AutoencoderSize,
+    Bucket,
+    ClipData,
+    LatentData,
+    Layout,
+    Optim,
+    TaeRecipe,
+    VideoRecipe,
+)
 from nemo_moviegen.sizes import VIDEO_TINY
 
 MOVING_SHAPES = Bucket(num_frames=16, height_px=64, width_px=64, fps=16)
