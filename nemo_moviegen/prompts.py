@@ -1,4 +1,4 @@
-"""What happens to a prompt before an encoder reads it: frames per second and visual text (Movie Gen s3.1.4)."""
+"""What happens to a prompt before an encoder reads it: frames per second and visual text (s3.1.4)."""
 
 import math
 import re
