@@ -205,9 +205,9 @@ class VideoRecipe(Recipe):
         ranks = self.layout.context * (self.layout.tensor if self.layout.sequence else 1)
         if tokens % ranks:
             raise ValueError(
-                f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do not "
-                f"split over context {self.layout.context} x sequence-parallel {ranks // self.layout.context}: "
-                f"use a bucket whose tokens divide by {ranks}, or a smaller layout"
+                f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do "
+                f"not split over context {self.layout.context} x sequence-parallel "
+                f"{ranks // self.layout.context}: use a bucket whose tokens divide by {ranks}, or a smaller layout"
             )
 
 

@@ -1,17 +1,24 @@
 """What is trained: argument-free functions that return a `Recipe`. This table is the only registry."""
 
 from nemo_moviegen.settings import nearest
-from recipes import tiny
+from recipes import tiny, video_30b
 
 RECIPES = {
     "tiny.tae": tiny.tae,
     "tiny.t2i": tiny.t2i,
     "tiny.t2iv": tiny.t2iv,
+    "video_30b.t2i_256_1536": video_30b.t2i_256_1536,
+    "video_30b.t2iv_256_3072": video_30b.t2iv_256_3072,
+    "video_30b.t2iv_256_6144": video_30b.t2iv_256_6144,
+    "video_30b.t2iv_768_6144_a": video_30b.t2iv_768_6144_a,
+    "video_30b.t2iv_768_6144_b": video_30b.t2iv_768_6144_b,
+    "video_30b.t2iv_768_cp2_6144": video_30b.t2iv_768_cp2_6144,
+    "video_30b.t2iv_768_cp2_4096": video_30b.t2iv_768_cp2_4096,
 }
 
 
 def get(name):
     """The recipe of that name; ValueError naming the nearest for an unknown one."""
     if name not in RECIPES:
-        raise ValueError(f"no recipe {name!r}{nearest(name, sorted(RECIPES))}")
+        raise ValueError(f"no recipe {name!r}{nearest(name, list(RECIPES))}")
     return RECIPES[name]()

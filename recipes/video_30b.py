@@ -1,0 +1,151 @@
+"""Pre-training of the 30B video model (s3.2): one function a row of Table 3, later rows derived from earlier.
+
+Global batch = batch a model copy * GPUs / (TP * CP), the table's footnote. Optimiser values but the learning
+rates are our default (s3.2 does not state them). An image is a one-frame clip; in the joint stages one
+iteration in eleven takes images (1:10). Latents are 8x smaller than the clips in time, height and width.
+
+The latents are read from data/latents_256 and data/latents_768 below the cluster's root; `moviegen encode`
+writes such folders.
+"""
+
+from dataclasses import replace
+
+from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
+from nemo_moviegen.sizes import VIDEO_30B
+
+
+def t2i_256_1536() -> VideoRecipe:
+    """Row 1 of Table 3 (s3.2): 256 px text-to-image, from fresh weights.
+
+    TP 1, CP 1, 1,536 H100s -> 1,536 copies, 6 images each: global batch 9,216.
+    256 tokens an image, 210k iterations, 1.94B images seen.
+    """
+    return VideoRecipe(
+        name="video_30b.t2i_256_1536",
+        cluster="h100_1536",
+        layout=Layout(tensor=1, context=1),
+        size=VIDEO_30B,
+        data=LatentData(folder="data/latents_256", image_every=1),
+        latent_frames=1,
+        latent_height=32,
+        latent_width=32,
+        optim=Optim(learning_rate=1e-4),
+        global_batch=9216,
+        micro_batch=6,
+        num_steps=210_000,
+        output="runs/video_30b/t2i_256_1536",
+    )
+
+
+def t2iv_256_3072() -> VideoRecipe:
+    """Row 2 of Table 3 (s3.2): 256 px text-to-image/video (a), from the image model.
+
+    TP 4, 3,072 H100s -> 768 copies, 2 clips each: global batch 1,536.
+    8,192 tokens a clip of 32 latent frames, 113k iterations, 173.6M clips seen: the table prints 123k, which fits neither its samples nor its total.
+    """
+    base = t2i_256_1536()
+    return replace(
+        base,
+        name="video_30b.t2iv_256_3072",
+        cluster="h100_3072",
+        layout=Layout(tensor=4, context=1),
+        data=replace(base.data, image_every=11),
+        latent_frames=32,
+        optim=replace(base.optim, learning_rate=6e-5),
+        global_batch=1536,
+        micro_batch=2,
+        num_steps=113_000,
+        output="runs/video_30b/t2iv_256_3072",
+        init_from=base.output,
+    )
+
+
+def t2iv_256_6144() -> VideoRecipe:
+    """Row 3 of Table 3 (s3.2): 256 px text-to-image/video (b), twice the GPUs and the batch.
+
+    TP 4, 6,144 H100s -> 1,536 copies, 2 clips each: global batch 3,072. 72k iterations, 221.2M clips seen.
+    """
+    base = t2iv_256_3072()
+    return replace(
+        base,
+        name="video_30b.t2iv_256_6144",
+        cluster="h100_6144",
+        global_batch=3072,
+        num_steps=72_000,
+        output="runs/video_30b/t2iv_256_6144",
+        init_from=base.output,
+    )
+
+
+def t2iv_768_6144_a() -> VideoRecipe:
+    """Row 4 of Table 3 (s3.2): 768 px text-to-image/video (a).
+
+    TP 4, 6,144 H100s -> 1,536 copies, 1 clip each: global batch 1,536.
+    73,728 tokens a clip of 32 latent frames, 19.6k iterations, 30.1M clips seen.
+    """
+    base = t2iv_256_6144()
+    return replace(
+        base,
+        name="video_30b.t2iv_768_6144_a",
+        data=replace(base.data, folder="data/latents_768"),
+        latent_height=96,
+        latent_width=96,
+        global_batch=1536,
+        micro_batch=1,
+        num_steps=19_600,
+        output="runs/video_30b/t2iv_768_6144_a",
+        init_from=base.output,
+    )
+
+
+def t2iv_768_6144_b() -> VideoRecipe:
+    """Row 5 of Table 3 (s3.2): 768 px text-to-image/video (b), half the learning rate.
+
+    11k iterations, 16.9M clips seen.
+    """
+    base = t2iv_768_6144_a()
+    return replace(
+        base,
+        name="video_30b.t2iv_768_6144_b",
+        optim=replace(base.optim, learning_rate=3e-5),
+        num_steps=11_000,
+        output="runs/video_30b/t2iv_768_6144_b",
+        init_from=base.output,
+    )
+
+
+def t2iv_768_cp2_6144() -> VideoRecipe:
+    """Row 6 of Table 3 (s3.2): 768 px text-to-image/video (c), clips split over two more ranks.
+
+    TP 4, CP 2, 6,144 H100s -> 768 copies, 1 clip each: global batch 768. 15.9k iterations, 12.2M clips seen.
+    """
+    base = t2iv_768_6144_b()
+    return replace(
+        base,
+        name="video_30b.t2iv_768_cp2_6144",
+        layout=replace(base.layout, context=2),
+        optim=replace(base.optim, learning_rate=2e-5),
+        global_batch=768,
+        num_steps=15_900,
+        output="runs/video_30b/t2iv_768_cp2_6144",
+        init_from=base.output,
+    )
+
+
+def t2iv_768_cp2_4096() -> VideoRecipe:
+    """Row 7 of Table 3 (s3.2): 768 px text-to-image/video (d), the last stage.
+
+    TP 4, CP 2, 4,096 H100s -> 512 copies, 1 clip each: global batch 512.
+    28k iterations: 14.3M clips, where the table prints 14.6M.
+    """
+    base = t2iv_768_cp2_6144()
+    return replace(
+        base,
+        name="video_30b.t2iv_768_cp2_4096",
+        cluster="h100_4096",
+        optim=replace(base.optim, learning_rate=1e-5),
+        global_batch=512,
+        num_steps=28_000,
+        output="runs/video_30b/t2iv_768_cp2_4096",
+        init_from=base.output,
+    )
