@@ -207,7 +207,8 @@ class VideoRecipe(Recipe):
             raise ValueError(
                 f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do "
                 f"not split over context {self.layout.context} x sequence-parallel "
-                f"{ranks // self.layout.context}: use a bucket whose tokens divide by {ranks}, or a smaller layout"
+                f"{ranks // self.layout.context}: use a bucket whose tokens divide by {ranks}, or a smaller "
+                "layout"
             )
 
 

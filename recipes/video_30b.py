@@ -41,7 +41,8 @@ def t2iv_256_3072() -> VideoRecipe:
     """Row 2 of Table 3 (s3.2): 256 px text-to-image/video (a), from the image model.
 
     TP 4, 3,072 H100s -> 768 copies, 2 clips each: global batch 1,536.
-    8,192 tokens a clip of 32 latent frames, 113k iterations, 173.6M clips seen: the table prints 123k, which fits neither its samples nor its total.
+    8,192 tokens a clip of 32 latent frames, 113k iterations, 173.6M clips seen:
+    the table prints 123k, which fits neither its samples nor its total.
     """
     base = t2i_256_1536()
     return replace(

@@ -1,0 +1,42 @@
+# Everything needs Python 3.11 and a package registry, nothing else; each target sets up what it needs.
+#   make demo    raw videos -> autoencoder -> latents -> training on two ranks -> prompted samples -> out/demo/report.html
+#   make test    the test suite
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A python3.11 of that name, else a python3 that is one.
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# Ranks share the cores: more threads than cores each make two ranks several times slower.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup test demo lint clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup: $(STAMP)  ## the virtual environment, .venv
+
+test: $(STAMP)  ## the test suite
+	$(BIN)/python -m pytest -q
+
+demo: $(STAMP)  ## the whole chain at toy size; ends with out/demo/report.html
+	$(BIN)/moviegen demo
+
+lint: $(STAMP)  ## formatting and lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## everything but the environment that these targets wrote
+	rm -rf out build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "moviegen needs Python 3.11 and found none: install it, or make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes and 3.5 GB the first time"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
