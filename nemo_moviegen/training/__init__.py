@@ -1,0 +1,1 @@
+"""Training on NeMo Lightning: the only room that knows it."""

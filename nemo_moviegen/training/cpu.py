@@ -1,0 +1,143 @@
+"""Lets megatron-core 0.15.3 and NeMo 2.7.3 run without CUDA: the one place of the project that patches anything.
+
+`stand_in_for_cuda()` does nothing where CUDA exists. Elsewhere it makes the few CUDA names that both libraries use
+without asking answer for the CPU. Each patch below says who needs it.
+"""
+
+import contextlib
+import functools
+
+import torch
+
+CPU = torch.device("cpu")
+
+
+def stand_in_for_cuda():
+    """Patch once a process, before the first model is built; a second call and machines with CUDA change nothing."""
+    if torch.cuda.is_available() or getattr(torch.cuda, "moviegen_stand_in", False):
+        return
+    torch.cuda.moviegen_stand_in = True
+    _patch_device_names()
+    _patch_streams()
+    _patch_random_state()
+    _patch_adam()
+    _patch_nemo_checkpoint_load()
+
+
+class GroupStepAdamW(torch.optim.Optimizer):
+    """AdamW that keeps one step count a parameter group, as TE's and Apex's FusedAdam do.
+
+    megatron-core 0.15.3 falls back to torch.optim.AdamW, whose step count is a tensor in every parameter's state: the
+    distributed optimizer shards each state tensor like its parameter and fails on a scalar.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(group, params)
+
+    def _update(self, group, params):
+        (beta1, beta2), step, lr = group["betas"], group["step"], group["lr"]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        gradients = [p.grad for p in params]
+        means = [self.state[p]["exp_avg"] for p in params]
+        squares = [self.state[p]["exp_avg_sq"] for p in params]
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - beta1**step))
+
+
+def _patch_device_names():
+    # megatron schedules.py, clip_grads.py, optimizer.py: factory calls with device="cuda"; NeMo: pin_memory=True
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, _with_cpu_device(getattr(torch, name)))
+    # mappings.py, layers.py, param_and_grad_buffer.py: buffers on torch.cuda.current_device()
+    torch.cuda.current_device = lambda: CPU
+    # NeMo's megatron_strategy.py logs through .to("cuda"); megatron's optimizer restores states with .cuda()
+    to = torch.Tensor.to
+    torch.Tensor.to = lambda self, *args, **kwargs: to(
+        self, *map(_cpu, args), **{k: _cpu(v) for k, v in kwargs.items()}
+    )
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    # distrib_optimizer.py and optimizer.py compare type() with torch.cuda.FloatTensor and its bf16 sister. They know
+    # no fp64: it is treated as fp32 is, optimised in place (the parity tests run in fp64).
+    kind = torch.Tensor.type
+    torch.Tensor.type = lambda self, *args, **kwargs: (
+        kind(self, *args, **kwargs)
+        if args or kwargs
+        else kind(self).replace("torch.", "torch.cuda.").replace("Double", "Float")
+    )
+
+
+def _patch_streams():
+    class Stream:
+        """megatron's DDP and NeMo's MegatronParallel make side streams."""
+
+        def __init__(self, *_, **__): ...
+        def wait_stream(self, *_): ...
+        def wait_event(self, *_): ...
+        def synchronize(self): ...
+
+    torch.cuda.Stream = Stream
+    torch.cuda.stream = lambda _: contextlib.nullcontext()
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda *_, **__: Stream()
+    torch.cuda.synchronize = lambda *_, **__: None  # megatron's checkpoint writer
+    torch.cuda.empty_cache = lambda: None  # NeMo's load_checkpoint
+
+
+def _patch_random_state():
+    import megatron.core.tensor_parallel.random as megatron_random
+
+    # random.py: the tracker that sequence parallelism and initialisation fork
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    torch.cuda.manual_seed = torch.manual_seed
+    megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    # A CUDA build of torch on a machine without GPU: Lightning sets PYTORCH_NVML_BASED_CUDA_CHECK, then is_available()
+    # is device_count() > 0; megatron's checkpoint reader divides by device_count().
+    torch.cuda.device_count = lambda: 1
+    torch.cuda.is_available = lambda: False
+
+
+def _patch_adam():
+    import megatron.core.optimizer as megatron_optimizer
+
+    megatron_optimizer.Adam = GroupStepAdamW
+
+
+def _patch_nemo_checkpoint_load():
+    with contextlib.suppress(ImportError):  # sampling needs no NeMo
+        import nemo.lightning.io.pl as nemo_io
+
+        nemo_io._fix_tensors_device = lambda checkpoint: checkpoint  # asserts an initialised CUDA
+
+
+def _cpu(value):
+    is_cuda = isinstance(value, str) and value.startswith("cuda")
+    is_cuda = is_cuda or (isinstance(value, torch.device) and value.type == "cuda")
+    return CPU if is_cuda else value
+
+
+def _with_cpu_device(factory):
+    @functools.wraps(factory)
+    def on_cpu(*args, **kwargs):
+        kwargs.pop("pin_memory", None)
+        if "device" in kwargs:
+            kwargs["device"] = _cpu(kwargs["device"])
+        return factory(*args, **kwargs)
+
+    return on_cpu

@@ -1,0 +1,1 @@
+"""The backbone of s3.1.3 on megatron-core."""

@@ -1,0 +1,154 @@
+"""The transformer layer of s3.1.3: LLaMa3's block with cross-attention, shared adaLN and full attention.
+
+    x = x + positions                                   every layer, shared tables
+    x = x + gate1 * SelfAttention(RMSNorm(x) * (1 + scale1) + shift1)
+    x = x + CrossAttention(x, context)
+    x = x + gate2 * FFN(RMSNorm(x) * (1 + scale2) + shift2)
+
+The layer fixes this wiring; `local_spec` and `transformer_engine_spec` pick the kernels and differ in nothing else.
+"""
+
+import copy
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import (
+    CrossAttention,
+    CrossAttentionSubmodules,
+    SelfAttention,
+    SelfAttentionSubmodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import nn
+
+from nemo_moviegen.video.attention import LocalAttention
+from nemo_moviegen.video.parallel import sum_gradient_over_sequence_ranks
+
+NUM_MODULATIONS = 6
+
+
+def pack_conditioning(modulation_6BD, context_LBD):
+    """What the layers need beside tokens, as one tensor [6 + L, B, D].
+
+    `TransformerBlock.forward` hands its layers `context` and recomputes through it, and has no free argument.
+    """
+    return torch.cat((modulation_6BD, context_LBD))
+
+
+def unpack_conditioning(conditioning):
+    """Modulation [6, B, D] and context [L, B, D] of `pack_conditioning`."""
+    return conditioning[:NUM_MODULATIONS], conditioning[NUM_MODULATIONS:]
+
+
+class VideoLayer(TransformerLayer):
+    """One layer. Positions travel as `rotary_pos_emb`: an argument for positions that this model has no rotary use for."""
+
+    def __init__(self, config, submodules, layer_number=1, **kwargs):
+        super().__init__(config, submodules, layer_number, **kwargs)
+        dtype = config.params_dtype
+        self.modulation_bias = nn.Parameter(torch.zeros(NUM_MODULATIONS, config.hidden_size, dtype=dtype))
+        sum_gradient_over_sequence_ranks([self.modulation_bias], config)
+
+    def forward(self, hidden_states, attention_mask, context, context_mask, rotary_pos_emb, **_):
+        """Tokens [S/cp/sp, B, D], `context` from `pack_conditioning`, `context_mask` bool [B, L],
+        `rotary_pos_emb` the positions [S/cp/sp, 1, D] -> tokens and the unchanged conditioning."""
+        modulation_6BD, text_LBD = unpack_conditioning(context)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD + self.modulation_bias.unsqueeze(1)
+
+        hidden = hidden_states + rotary_pos_emb
+        attended, _ = self.self_attention(
+            self.input_layernorm(hidden) * (1 + scale1) + shift1, attention_mask=None
+        )
+        hidden = hidden + gate1 * attended
+        from_text, _ = self.cross_attention(
+            self.pre_cross_attn_layernorm(hidden), attention_mask=context_mask, key_value_states=text_LBD
+        )
+        hidden = hidden + from_text
+        mixed, _ = self.mlp(self.pre_mlp_layernorm(hidden) * (1 + scale2) + shift2)
+        return hidden + gate2 * mixed, context
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with weight (Table 9). Megatron's local norm refuses sequence parallelism; this one marks its weight."""
+
+    def __init__(self, config, hidden_size, eps=1e-5, **_):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        sum_gradient_over_sequence_ranks([self.weight], config)
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def with_whole_input(column_linear):
+    """A column-parallel linear class whose input is whole on every tp rank also under sequence parallelism.
+
+    Text is replicated, so its keys and values must not be gathered from sequence-parallel pieces.
+    """
+
+    class WholeInput(column_linear):
+        def __init__(self, *args, config, **kwargs):
+            config = copy.copy(config)
+            config.sequence_parallel = False
+            super().__init__(*args, config=config, **kwargs)
+
+    WholeInput.__name__ = f"WholeInput{column_linear.__name__}"
+    return WholeInput
+
+
+def local_spec(size):
+    """Plain torch and megatron's own parallel linears: CPU, tests, reference."""
+    return _spec(size, RMSNorm, ColumnParallelLinear, RowParallelLinear, LocalAttention)
+
+
+def transformer_engine_spec(size):
+    """Transformer Engine's norms, linears (FP8) and cuDNN self-attention. Text attention stays with torch:
+    0.5% of the FLOPs, and Transformer Engine's context parallelism would split its keys."""
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return _spec(size, TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+
+
+def _spec(size, norm, column, row, self_core):
+    qk_norm = norm if size.qk_norm else None
+    no_mask = {"attn_mask_type": AttnMaskType.no_mask}
+    layer = TransformerLayerSubmodules(
+        input_layernorm=norm,
+        self_attention=ModuleSpec(
+            module=SelfAttention,
+            params=no_mask,
+            submodules=SelfAttentionSubmodules(
+                linear_qkv=column,
+                core_attention=self_core,
+                linear_proj=row,
+                q_layernorm=qk_norm,
+                k_layernorm=qk_norm,
+            ),
+        ),
+        pre_cross_attn_layernorm=norm if size.cross_attention_norm else IdentityOp,
+        cross_attention=ModuleSpec(
+            module=CrossAttention,
+            params=no_mask,
+            submodules=CrossAttentionSubmodules(
+                linear_q=column,
+                linear_kv=with_whole_input(column),
+                core_attention=LocalAttention,
+                linear_proj=row,
+            ),
+        ),
+        pre_mlp_layernorm=norm,
+        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+    )
+    layer_spec = ModuleSpec(module=VideoLayer, submodules=layer)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec] * size.num_layers, layer_norm=norm)

@@ -1,0 +1,149 @@
+"""The Movie Gen video transformer (s3.1.3) on megatron-core: latents, time and text in, velocity out.
+
+    latent -> patches -> this rank's tokens -> linear -+-> 48 x VideoLayer -> RMSNorm -> linear -> velocity tokens
+    frame, row, column ------------> positions --------+ (added in every layer)
+    t -> time embedding -> six modulations ------------+
+    UL2, MetaCLIP, ByT5 -> projections ----------------+ (cross-attention)
+
+B clips, T C H W latent axes, S tokens, D model width, L text tokens.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from nemo_moviegen.sizes import TransformerSize
+from nemo_moviegen.video.embeddings import (
+    ContextProjections,
+    FactorizedPositions,
+    SharedModulation,
+    TimeEmbedding,
+    patchify,
+    unpatchify,
+)
+from nemo_moviegen.video.layer import local_spec, pack_conditioning, transformer_engine_spec
+from nemo_moviegen.video.parallel import gather_tokens, split_tokens, sum_gradient_over_sequence_ranks
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass
+class VideoConfig(TransformerConfig):
+    """Megatron's configuration plus the size it was made from: build it with `video_config`."""
+
+    size: TransformerSize = field(kw_only=True)
+    uses_transformer_engine: bool = field(default=False, kw_only=True)
+
+
+def video_config(size, layout, precision, *, uses_transformer_engine=False) -> VideoConfig:
+    """Megatron's configuration of a `TransformerSize` under a `Layout`; `precision` is bf16, fp32 or fp64."""
+    dtype = DTYPES[precision]
+    std = (2 / (5 * size.width)) ** 0.5  # "small init", our default: the paper states none
+    return VideoConfig(
+        size=size,
+        uses_transformer_engine=uses_transformer_engine,
+        num_layers=size.num_layers,
+        hidden_size=size.width,
+        ffn_hidden_size=size.ffn_width,
+        num_attention_heads=size.num_heads,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-5,
+        gated_linear_unit=size.gated_ffn,
+        activation_func=nn.functional.silu if size.gated_ffn else nn.functional.gelu,
+        qk_layernorm=size.qk_norm,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision == "bf16",
+        tensor_model_parallel_size=layout.tensor,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence and layout.tensor > 1,
+        cp_comm_type="all_gather",  # the paper's scheme; read by Transformer Engine only
+        calculate_per_token_loss=True,  # one division, by the tokens of all ranks
+        use_cpu_initialization=not uses_transformer_engine,
+        gradient_accumulation_fusion=False,  # needs NVIDIA Apex outside Transformer Engine's linears
+        bias_activation_fusion=uses_transformer_engine,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+    )
+
+
+class VideoTransformer(MegatronModule):
+    """u(x_t, prompt, t) of eq. 2. Build it after megatron's process groups exist."""
+
+    def __init__(self, config: VideoConfig):
+        super().__init__(config)
+        size = config.size
+        self.size = size
+        self.model_type = ModelType.encoder_or_decoder
+        self.patch_embedding = nn.Linear(size.input_patch_width, size.width, bias=False)
+        self.positions = FactorizedPositions(size)
+        self.time_embedding = TimeEmbedding(size)
+        self.context_projections = ContextProjections(size)
+        self.modulation = SharedModulation(size)
+        spec = transformer_engine_spec if config.uses_transformer_engine else local_spec
+        self.decoder = TransformerBlock(config, spec(size))
+        self.head = nn.Linear(size.width, size.output_patch_width, bias=False)
+        self.init_weights()
+        token_wise = (self.patch_embedding, self.positions, self.time_embedding, self.modulation, self.head)
+        sum_gradient_over_sequence_ranks([p for m in token_wise for p in m.parameters()], config)
+        self.to(config.params_dtype)
+
+    def init_weights(self):
+        """Zero: modulation (so gates are closed, adaLN-Zero) and head (the first velocity is 0). Normal: the rest.
+        Megatron's linears inside the layers initialise themselves."""
+        std = self.config.init_method_std
+        for linear in (
+            self.time_embedding.expand,
+            self.time_embedding.mix,
+            *self.context_projections.linears,
+        ):
+            nn.init.normal_(linear.weight, std=std)
+        nn.init.normal_(self.patch_embedding.weight, std=self.size.input_patch_width**-0.5)
+        for table in self.positions.parameters():
+            nn.init.normal_(table, std=0.02)
+        nn.init.zeros_(self.modulation.linear.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def set_input_tensor(self, input_tensor):
+        """Megatron's schedules hand the previous pipeline stage's output here; there is one stage."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, x_BTCHW, t_B, contexts, masks):
+        """Velocity tokens of this rank, [S/cp/sp, B, output patch width], in `patchify`'s order.
+
+        `t_B` in [0, 1] (0 is noise) should be fp64: Megatron rounds fp32 arguments to bf16. `contexts` and `masks`
+        hold one [B, L_i, width_i] and one bool [B, L_i] per text encoder. ValueError for shapes the model can not take.
+        """
+        if x_BTCHW.dim() != 5 or x_BTCHW.shape[2] != self.size.input_channels:
+            raise ValueError(
+                f"latents are {tuple(x_BTCHW.shape)}; {self.size.name} takes [B, T, {self.size.input_channels}, H, W]"
+            )
+        dtype = self.patch_embedding.weight.dtype
+        latent_shape = (x_BTCHW.shape[1], *x_BTCHW.shape[3:])
+        own_patches = split_tokens(patchify(x_BTCHW, self.size), self.config)  # [S/cp/sp, B, patch]
+        own_indices = split_tokens(self.positions.token_indices(latent_shape), self.config)
+        context_LBD, mask_BL = self.context_projections(tuple(c.to(dtype) for c in contexts), masks)
+        modulation_6BD = self.modulation(self.time_embedding(t_B))
+        hidden_SBD = self.decoder(
+            self.patch_embedding(own_patches.to(dtype)),
+            attention_mask=None,
+            context=pack_conditioning(modulation_6BD, context_LBD),
+            context_mask=mask_BL,
+            rotary_pos_emb=self.positions(own_indices),
+        )
+        return self.head(hidden_SBD)
+
+    @torch.no_grad()
+    def velocity(self, x_BTCHW, t_B, contexts, masks):
+        """The whole velocity [B, T, C, H, W] on every rank, for sampling."""
+        tokens_SBX = gather_tokens(self(x_BTCHW, t_B, contexts, masks), self.config)
+        return unpatchify(tokens_SBX, (x_BTCHW.shape[1], *x_BTCHW.shape[3:]), self.size)

@@ -1,0 +1,12 @@
+"""One thread, no CUDA, megatron imported once: ranks are forked from this process (see ranks.py)."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # a forked rank hangs in its parent's OpenMP pool otherwise
