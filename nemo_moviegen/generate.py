@@ -159,6 +159,7 @@ def sample_latents(velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_s
     )
 
     def guided(x_BTCHW, t_B):
+        t_B = t_B.double()  # as in training: Megatron rounds fp32 arguments to bf16
         both = velocity(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([t_B, t_B]), contexts, masks)
         return flow.guide(both[:batch], both[batch:], guidance_scale)
 
@@ -248,19 +249,18 @@ def check_folder(kind, folder):
 
 def check_fits(run_folder, latent_THW):
     """ValueError where the run's recipe is missing or its position tables are smaller than the latent."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    import yaml
 
+    from nemo_moviegen.settings import from_plain
     from nemo_moviegen.sizes import TransformerSize
 
     path = Path(run_folder) / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{run_folder} holds no recipe.yaml: it is not the output folder of a training run")
-    try:
-        size = OmegaConf.load(path).size
-        size = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TransformerSize), size))
-    except (OmegaConfBaseException, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not the recipe of a video model: {str(error).splitlines()[0]}") from None
+    recipe = yaml.safe_load(path.read_text())
+    if not isinstance(recipe, dict) or "size" not in recipe:
+        raise ValueError(f"{path} is not the recipe of a video model: give the folder of a video run")
+    size = from_plain(TransformerSize, recipe["size"], f"{path}: size")
     size.num_tokens(latent_THW)
 
 

@@ -42,6 +42,7 @@ class TowardsItsPrompt(torch.nn.Module):
         self.batches.append(len(x_BTCHW))
         real = (contexts[0] * masks[0][..., None]).sum((1, 2)) / (4 * masks[0].sum(1))
         data = real.view(-1, 1, 1, 1, 1)
+        t_B = t_B.float()
         noise = (x_BTCHW - t_B.view(-1, 1, 1, 1, 1) * data) / (1 - t_B * (1 - flow.SIGMA_MIN)).view(
             -1, 1, 1, 1, 1
         )

@@ -1,0 +1,88 @@
+"""Curves of training runs as SVG: raw points and their running mean. No torch."""
+
+import io
+import json
+from pathlib import Path
+
+METRICS_FILE = "metrics.jsonl"
+LABELS = {
+    "train/loss": "squared velocity error",
+    "train/l1": "L1 error (range -1 to 1)",
+    "train/psnr_db": "PSNR (dB)",
+    "train/kl": "KL (nats per latent number)",
+    "train/outlier": "outlier penalty",
+    "train/grad_norm": "gradient norm",
+    "train/learning_rate": "learning rate",
+    "speed/step_seconds": "step time (s)",
+    "speed/tokens_per_second": "tokens/s",
+}
+"""Axis label of a logged key, with its unit; other keys are drawn under their own name."""
+RAW, SMOOTH = "#a9c2ec", "#1d4fa8"
+
+
+def read_metrics(run_folder) -> list[dict]:
+    """Rows of the run's metrics.jsonl in step order; of a step logged twice (a resumed run) the later row.
+
+    Raises ValueError naming the line that is no JSON object with a step. A torn last line is what a killed
+    run leaves: it is dropped.
+    """
+    path = Path(run_folder) / METRICS_FILE
+    lines = path.read_text().splitlines()
+    rows = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not a JSON object with a step ({error})") from None
+    return [rows[step] for step in sorted(rows)]
+
+
+def series(rows, key) -> tuple[list[int], list[float]]:
+    """Steps and values of the rows that have `key`."""
+    pairs = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def running_mean(values, window) -> list[float]:
+    """Mean over the `window` values around each one; fewer at the ends, so the curve keeps its length."""
+    half = window // 2
+    means = []
+    for i in range(len(values)):
+        reach = min(half, i, len(values) - 1 - i)  # symmetric also at the ends: no bias on a slope
+        part = values[i - reach : i + reach + 1]
+        means.append(sum(part) / len(part))
+    return means
+
+
+def curve_svg(title, steps, values, label) -> bytes:
+    """SVG of one curve: its points and, where there are enough, their running mean."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
+        figure = Figure(figsize=(4.6, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        window = max(3, len(values) // 20 | 1)
+        if len(values) > 2 * window:
+            axes.plot(steps, values, color=RAW, linewidth=1, label="logged")
+            axes.plot(
+                steps, running_mean(values, window), color=SMOOTH, linewidth=2, label=f"mean of {window}"
+            )
+            axes.legend(frameon=False, fontsize=9)
+        else:
+            axes.plot(steps, values, color=SMOOTH, linewidth=2, marker="o", markersize=3)
+        if min(values) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(color="#e3e7ee", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
