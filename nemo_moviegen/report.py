@@ -223,8 +223,9 @@ def samples_part(demo) -> dict:
             }
         )
     sampling = (
-    """What the page shows of uint8 frames, or of None: a looping mp4 and a strip of it, or one image."""
-        f"seed {settings['seed']}, {settings['sampling_seconds']:.1f} s for {len(prompts)} prompts."
+        f"Sampled with {settings['recipe']}: {settings['schedule']}, guidance "
+        f"{settings['guidance_scale']:g}, seed {settings['seed']}, "
+        f"{settings['sampling_seconds']:.1f} s for {len(prompts)} prompts."
     )
     return {"samples": samples, "sampling": sampling}
 
