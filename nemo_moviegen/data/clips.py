@@ -5,10 +5,13 @@ A manifest is a Parquet table, one row a clip. Cutting a video adds rows; it nev
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from fractions import Fraction
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 BIG_BUCK_BUNNY = Path(__file__).parent / "assets" / "bigbuckbunny.mp4"
 """Five seconds of real video (H.264, 1280x720, 25 fps); see ATTRIBUTION beside it."""
@@ -64,14 +67,14 @@ class VideoInfo:
 
 
 def sample_id(clip_id) -> int:
-    """63-bit hash of the clip's id, the same on every machine: fits an int64 and never changes with the row order."""
+    """63-bit hash of the clip's id, the same on every machine and in any row order."""
     return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def write_manifest(path, clips) -> Path:
-    """Manifest at `path` with one row for each clip, in order; files below its folder are named relative to it.
+    """Manifest at `path` with a row for each clip, in order; files below its folder are named relative to it.
 
-    Written beside and renamed, so a killed writer leaves the old manifest. ValueError if two clips share an id.
+    Written beside and renamed: a killed writer leaves the old manifest. ValueError if two clips share an id.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -87,7 +90,7 @@ def write_manifest(path, clips) -> Path:
 
 
 def read_manifest(path) -> list[Clip]:
-    """Clips of the manifest in row order, their paths absolute. ValueError says what is wrong with the file."""
+    """Clips of the manifest in row order, paths absolute. ValueError says what is wrong with the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,7 +145,7 @@ def probe_video(path) -> VideoInfo:
 def cut_clips(
     video, seconds, *, caption="a video clip", split="train", images=False, attributes: dict | None = None
 ) -> list[Clip]:
-    """Non-overlapping clips of `seconds` of a video file, the rest at its end left out; nothing is re-encoded.
+    """Non-overlapping clips of `seconds` of a video file, the rest left out; nothing is re-encoded.
 
     `caption` is one string for all clips or a list with one for each. With `images`, the middle frame of each
     clip follows it as an image row. ValueError if the file is no video or shorter than one clip.
@@ -214,6 +217,17 @@ def write_video(path, video_THWC, fps, codec="libvpx-vp9", pix_fmt="yuv420p") ->
         container.mux(stream.encode())
     os.replace(part, path)
     return path
+
+
+def record_unusable(quarantine, clip_id, path, reason):
+    """Log a warning; append a JSON line of clip_id, path and reason to the file `quarantine` unless it is None."""
+    logger.warning("left out: %s", reason)
+    if quarantine:
+        quarantine = Path(quarantine)
+        quarantine.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"clip_id": clip_id, "path": str(path), "reason": reason})
+        with quarantine.open("a") as file:  # one short append: ranks may share the file
+            file.write(line + "\n")
 
 
 def _schema():

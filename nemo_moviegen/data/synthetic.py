@@ -106,7 +106,7 @@ def draw_spec(seed, index, split="train") -> ShapeSpec:
 
 
 def render(spec, num_frames=16, size_px=64, fps=16) -> np.ndarray:
-    """Frames of the clip, uint8 [T, H, W, 3] with soft edges. A shape that leaves comes back at the other side."""
+    """Frames of the clip, uint8 [T, H, W, 3], soft edges. A shape that leaves comes back opposite."""
     step_x, step_y = DIRECTIONS[spec.direction]
     travel_T = SPEEDS[spec.speed] * np.arange(num_frames, dtype=np.float32) / fps
     grid = (np.arange(size_px, dtype=np.float32) + 0.5) / size_px
@@ -123,7 +123,7 @@ def render(spec, num_frames=16, size_px=64, fps=16) -> np.ndarray:
 def write_moving_shapes(
     folder, num_clips, *, num_frames=16, size_px=64, fps=16, seed=0, split="train", images=True, progress=True
 ) -> list[Clip]:
-    """Render `num_clips` clips to VP9 files in `folder`; returns their manifest rows (`write_manifest` is the caller's).
+    """Render `num_clips` clips to VP9 files in `folder`; returns their rows (the caller writes the manifest).
 
     With `images`, one frame of each clip, at a time drawn per clip, follows it as an image row. The files of
     two splits or seeds do not collide.

@@ -1,0 +1,79 @@
+"""Samples of one shape to one `VideoBatch`: stacked latents, padded text features and their masks."""
+
+import numpy as np
+import torch
+
+from nemo_moviegen.batch import VideoBatch
+
+
+def collate(
+    samples, epochs, context_sizes, dtype=torch.float32, pad="longest", latent_channels=None
+) -> VideoBatch:
+    """The samples as a batch, floating-point tensors as `dtype`, contexts in the order of `context_sizes`.
+
+    `epochs` says how often each sample was seen. Text is padded with zeros to the longest of the batch
+    (pad="longest", at least one token, so an encoder that saw no text is one masked token) or to the
+    encoder's `max_tokens` (pad="max", the same shape every step). ValueError where shapes differ, or features
+    or channels are not those of the recipe.
+    """
+    if pad not in ("longest", "max"):
+        raise ValueError(f"pad is {pad!r}; use longest or max")
+    if not samples or len(samples) != len(epochs):
+        raise ValueError(
+            f"{len(samples)} samples and {len(epochs)} epochs: a batch needs one epoch for each sample"
+        )
+    _check_latents(samples, latent_channels)
+    padded = [_pad(samples, size, pad) for size in context_sizes]
+    return VideoBatch(
+        latent_BTCHW=torch.from_numpy(np.stack([sample.latent_TCHW for sample in samples])).to(dtype),
+        contexts=tuple(torch.from_numpy(features_BLD).to(dtype) for features_BLD, _ in padded),
+        masks=tuple(torch.from_numpy(mask_BL) for _, mask_BL in padded),
+        sample_ids=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
+        epochs=torch.tensor(epochs, dtype=torch.int64),
+    )
+
+
+def _check_latents(samples, latent_channels):
+    first = samples[0]
+    for sample in samples:
+        if sample.latent_TCHW.shape != first.latent_TCHW.shape:
+            raise ValueError(
+                f"{sample.clip_id} has latents {sample.latent_TCHW.shape}, "
+                f"{first.clip_id} {first.latent_TCHW.shape}: a batch takes one shape, use the rows of one BatchOrder.batch"
+            )
+    channels = first.latent_TCHW.shape[1]
+    if latent_channels is not None and channels != latent_channels:
+        raise ValueError(
+            f"{first.clip_id} has {channels} latent channels, the model takes {latent_channels}: "
+            f"set size.input_channels={channels} size.output_channels={channels}, or encode with another autoencoder"
+        )
+
+
+def _pad(samples, size, pad):
+    """Features [B, L, width] and mask [B, L] of one text encoder."""
+    features = []
+    for sample in samples:
+        if size.name not in sample.contexts:
+            raise ValueError(
+                f"{sample.clip_id} has no features of {size.name}, "
+                f"only of {', '.join(sample.contexts) or 'none'}: run `moviegen encode` with this recipe's text encoders"
+            )
+        features_LD = sample.contexts[size.name]
+        if features_LD.ndim != 2 or features_LD.shape[1] != size.width:
+            raise ValueError(
+                f"{sample.clip_id}: features of {size.name} are {features_LD.shape}, the recipe's width is "
+                f"{size.width}: run `moviegen encode` with this recipe's text encoders, or set the width of its context size"
+            )
+        if len(features_LD) > size.max_tokens:
+            raise ValueError(
+                f"{sample.clip_id}: {len(features_LD)} tokens of {size.name}, the recipe takes "
+                f"{size.max_tokens}: run `moviegen encode` with this recipe, or raise max_tokens of its context size"
+            )
+        features.append(features_LD)
+    length = size.max_tokens if pad == "max" else max(1, *(len(f) for f in features))
+    features_BLD = np.zeros((len(samples), length, size.width), np.float32)
+    mask_BL = np.zeros((len(samples), length), bool)
+    for row, features_LD in enumerate(features):
+        features_BLD[row, : len(features_LD)] = features_LD
+        mask_BL[row, : len(features_LD)] = True
+    return features_BLD, mask_BL

@@ -1,0 +1,160 @@
+"""From one clip's row to what a decoder needs: the clip's packets and the frames to take. PyAV only, no DALI.
+
+Output frame k of a clip shows source time start + k / fps: the source frame nearest in time, by the
+timestamps in the file, never by counting. Only the clip's own packets are read, from the key frame before its
+start, so a one-second clip of a two-hour film costs one second of memory.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedClip:
+    """One clip ready to decode: either packets and frame numbers, or frames where DALI has no decoder."""
+
+    row: int
+    """Index of the clip in the caller's list."""
+    packets: np.ndarray | None
+    """uint8: a Matroska file in memory that holds the clip's packets."""
+    frames: np.ndarray | None
+    """int32 [T]: which frames of `packets`, in order of presentation."""
+    decoded_THWC: np.ndarray | None
+    """uint8 RGB at source size, decoded by PyAV."""
+
+
+def read_clip(clip, row, num_frames, fps, keeps_packets) -> EncodedClip:
+    """The clip's packets (where `keeps_packets(codec)`) or frames, `num_frames` at `fps`; an image is one.
+
+    ValueError names the clip and its file where the file is missing, empty, no video, truncated, corrupt or
+    too short for `num_frames`.
+    """
+    import av
+
+    path = Path(clip.path)
+    if not path.is_file():
+        raise ValueError(f"clip {clip.clip_id}: {path}: no such file")
+    if not path.stat().st_size:
+        raise ValueError(f"clip {clip.clip_id}: {path}: the file is empty")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError("no video stream in it")
+            return _read(container, clip, row, 1 if clip.kind == "image" else num_frames, fps, keeps_packets)
+    except av.FFmpegError as error:
+        raise ValueError(
+            f"clip {clip.clip_id}: {path}: cannot be read as a video ({error.strerror})"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"clip {clip.clip_id}: {path}: {error}") from None
+
+
+def nearest_frames(times_N, wanted_T) -> np.ndarray:
+    """int32 [T]: for each wanted time the index of the nearest of the sorted `times_N`; the earlier of two equals."""
+    right = (
+        np.searchsorted(times_N, wanted_T).clip(1, len(times_N) - 1)
+        if len(times_N) > 1
+        else np.zeros_like(wanted_T, int)
+    )
+    left = np.maximum(right - 1, 0)
+    return np.where(times_N[right] - wanted_T < wanted_T - times_N[left], right, left).astype(np.int32)
+
+
+def _read(container, clip, row, num_frames, fps, keeps_packets):
+    stream = container.streams.video[0]
+    stream.codec_context.thread_count = 1  # the loader reads several clips at once instead
+    wanted_T = clip.start_seconds + np.arange(num_frames) / fps
+    frame_seconds = 1 / float(stream.average_rate or stream.guessed_rate or fps)
+    packets = _packets(container, stream, clip.start_seconds, wanted_T[-1] + frame_seconds)
+    origin = stream.start_time or 0
+    pts_N = np.array(sorted(_pts(packet) for packet in packets))
+    times_N = (pts_N - origin) * float(stream.time_base)
+    first, last = _span(clip, times_N, wanted_T, frame_seconds)
+    frames_T = nearest_frames(times_N[first:last], wanted_T) + np.int32(first)
+    if keeps_packets(stream.codec_context.name):
+        return EncodedClip(row=row, packets=_remux(stream, packets), frames=frames_T, decoded_THWC=None)
+    decoded_THWC = _decode(stream, packets, pts_N[frames_T])
+    return EncodedClip(row=row, packets=None, frames=None, decoded_THWC=decoded_THWC)
+
+
+def _packets(container, stream, start_seconds, stop_seconds):
+    """Packets from the key frame at or before the start until nothing before the stop can follow."""
+    origin = stream.start_time or 0
+    if start_seconds > 0:
+        container.seek(origin + int(start_seconds / stream.time_base), stream=stream)
+    packets, key_pts = [], None
+    for packet in container.demux(stream):
+        if not packet.size:  # the flush packet at the end
+            continue
+        if packet.is_corrupt:
+            raise ValueError("the file is truncated or corrupt: a packet of the clip is damaged")
+        if key_pts is None:
+            if not packet.is_keyframe:
+                continue
+            key_pts = _pts(packet)
+        if _pts(packet) >= key_pts:  # leading pictures of an open group refer to frames before the key frame
+            packets.append(packet)
+        # packets come in decoding order, and no frame is shown before it is decoded
+        if (
+            (packet.dts if packet.dts is not None else packet.pts) - origin
+        ) * stream.time_base > stop_seconds:
+            break
+    if not packets:
+        raise ValueError("holds no frame at the clip's time")
+    return packets
+
+
+def _span(clip, times_N, wanted_T, frame_seconds):
+    """Index range of the frames that belong to the clip; ValueError where they end too early."""
+    if clip.kind == "image":
+        first, last = 0, len(times_N)
+    else:
+        if wanted_T[-1] >= clip.end_seconds:
+            raise ValueError(
+                f"the clip of {clip.end_seconds - clip.start_seconds:.3f} s is too short: the bucket's last "
+                f"frame lies at {wanted_T[-1] - clip.start_seconds:.3f} s; cut longer clips or use fewer frames"
+            )
+        slack = 0.01 * frame_seconds  # containers round timestamps, to a millisecond in WebM
+        first = int(np.searchsorted(times_N, clip.start_seconds - slack))
+        last = int(np.searchsorted(times_N, clip.end_seconds - slack))
+    # the last frame stands for one frame's time; 0.9 leaves room for rounded timestamps
+    if first >= last or times_N[last - 1] + 0.9 * frame_seconds < wanted_T[-1]:
+        end = f"{times_N[last - 1]:.3f} s" if last > first else "before the clip starts"
+        raise ValueError(
+            f"too short or truncated: its last frame is at {end}, the clip needs {wanted_T[-1]:.3f} s"
+        )
+    return first, last
+
+
+def _remux(stream, packets):
+    """The packets, undecoded, as a Matroska file in memory."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as out:
+        copy = out.add_stream_from_template(stream)
+        for packet in packets:
+            packet.stream = copy
+            out.mux(packet)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def _decode(stream, packets, pts_T):
+    """uint8 [T, H, W, 3]: the frames shown at these timestamps; stops at the last, keeps no other."""
+    wanted, found = set(pts_T.tolist()), {}
+    for packet in [*packets, None]:
+        for frame in stream.codec_context.decode(packet):
+            if frame.pts in wanted:
+                found[frame.pts] = frame.to_ndarray(format="rgb24")
+        if len(found) == len(wanted):
+            break
+    if len(found) < len(wanted):
+        raise ValueError(f"corrupt: {len(wanted) - len(found)} of {len(wanted)} frames do not decode")
+    return np.stack([found[pts] for pts in pts_T.tolist()])
+
+
+def _pts(packet):
+    return packet.dts if packet.pts is None else packet.pts  # AVI stores no presentation times
