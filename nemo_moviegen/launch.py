@@ -1,0 +1,105 @@
+"""From a recipe to running ranks: checked first, then started once a rank, then handed to its trainer.
+
+moviegen train, nemo moviegen train ---> launch --+--> as many ranks as the cluster has --> launch, each
+                 torchrun, slurm/train.sbatch ----+--> the recipe's trainer
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
+from nemo_moviegen.recipe import TaeRecipe, recipe_yaml
+
+LAUNCH_FILE = "launch.yaml"
+"""In the output folder: the recipe as it was asked for, which the started ranks read."""
+
+
+def launch(recipe, debug=False) -> int:
+    """Train `recipe` on its cluster; returns the exit code: 0, or 2 where a rank met a user's mistake.
+
+    A process that no launcher started (no WORLD_SIZE) starts the cluster's ranks on this machine, with the
+    cores shared evenly, and waits for them. Raises ValueError before anything starts where the layout, the
+    batch, the number of ranks or the inputs do not fit.
+    """
+    cluster = read_cluster(recipe.cluster)
+    check_on_cluster(recipe, cluster)
+    here = placed(recipe, cluster)
+    started = int(os.environ.get("WORLD_SIZE", 0))
+    if not started and cluster.nodes > 1:
+        raise ValueError(
+            f"cluster {cluster.name} has {cluster.nodes} nodes, this is one process: submit "
+            f"RECIPE={recipe.name} CLUSTER={cluster.name} with slurm/train.sbatch, or name a smaller cluster"
+        )
+    check_inputs(here)
+    if not started and cluster.num_ranks > 1:
+        return _start_ranks(recipe, Path(here.output), cluster, debug)
+    if started and started != cluster.num_ranks:
+        raise ValueError(
+            f"cluster {cluster.name} has {cluster.num_ranks} ranks, {started} were started: start "
+            f"{cluster.nodes} nodes of {cluster.ranks_per_node}, or name a cluster of {started}"
+        )
+    _train(here)
+    return 0
+
+
+def check_inputs(recipe):
+    """ValueError naming what `recipe` reads and does not find."""
+    if isinstance(recipe, TaeRecipe):
+        if not Path(recipe.data.manifest).is_file():
+            raise ValueError(
+                f"{recipe.name} reads the clips of {recipe.data.manifest}, which is not there: "
+                f"write it with `moviegen shapes` or `moviegen cut`, or set data.manifest"
+            )
+        return
+    if not (Path(recipe.data.folder) / "index.parquet").is_file():
+        raise ValueError(
+            f"{recipe.name} reads the latents of {recipe.data.folder}, which holds no index.parquet: "
+            f"write them with `moviegen encode`, or set data.folder"
+        )
+    resumes = (Path(recipe.output) / "recipe.yaml").is_file()
+    if recipe.init_from and not resumes and not (Path(recipe.init_from) / "recipe.yaml").is_file():
+        raise ValueError(
+            f"{recipe.name} starts from the run in {recipe.init_from}, which holds no recipe.yaml: "
+            f"train that stage first, or set init_from (empty = fresh weights)"
+        )
+
+
+def _train(recipe):
+    if isinstance(recipe, TaeRecipe):
+        from nemo_moviegen.training.autoencoder import train_autoencoder
+
+        train_autoencoder(recipe)
+    else:
+        from nemo_moviegen.training.run import train
+
+        train(recipe)
+
+
+def _start_ranks(recipe, output, cluster, debug) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / LAUNCH_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // cluster.num_ranks)))
+    arguments = ["--standalone", f"--nproc-per-node={cluster.num_ranks}", "-m", "nemo_moviegen"]
+    arguments += ["train", str(output / LAUNCH_FILE), *(["--debug"] if debug else [])]
+    logging.disable(logging.ERROR)  # torchrun's own account of a failed rank, which has said why itself
+    try:
+        run(get_args_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode == 2:  # a user's mistake, which the rank has said
+            return 2
+        raise SystemExit(f"moviegen: rank {rank} ended with exit code {failure.exitcode}") from None
+    except SignalException as error:
+        return 128 + error.sigval
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))

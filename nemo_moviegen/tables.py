@@ -1,0 +1,111 @@
+"""What `moviegen recipes` and `moviegen count` print. No torch."""
+
+import recipes
+from nemo_moviegen import flops
+from nemo_moviegen.cluster import read_cluster
+from nemo_moviegen.recipe import TaeRecipe, read_recipe
+from nemo_moviegen.settings import nearest
+from nemo_moviegen.sizes import SIZES
+
+
+def find_recipe(name):
+    """The recipe of that name, or of a YAML file that `recipe_yaml` wrote; ValueError for an unknown name."""
+    return read_recipe(name) if name.endswith((".yaml", ".yml")) else recipes.get(name)
+
+
+def find_size(name):
+    """(size, its largest latent) for the name of a size, or of a recipe that trains a transformer."""
+    if name in SIZES:
+        size = SIZES[name]
+        return size, (
+            size.max_frames * size.patch_frames,
+            size.max_height * size.patch_height,
+            size.max_width * size.patch_width,
+        )
+    known = [*SIZES, *(n for n, recipe in recipes.RECIPES.items() if not isinstance(recipe(), TaeRecipe))]
+    if name not in recipes.RECIPES and not name.endswith((".yaml", ".yml")):
+        raise ValueError(f"no transformer size and no recipe of one is called {name!r}{nearest(name, known)}")
+    recipe = find_recipe(name)
+    if isinstance(recipe, TaeRecipe):
+        raise ValueError(f"{name} trains an autoencoder; count knows transformers: {', '.join(known)}")
+    return recipe.size, (recipe.latent_frames, recipe.latent_height, recipe.latent_width)
+
+
+def recipes_table():
+    """A rich table with a row for each recipe."""
+    table = _table("recipe", "cluster", "ranks", "layout", "global batch", "steps", "what")
+    for name, function in recipes.RECIPES.items():
+        recipe, what = function(), function.__doc__.strip().splitlines()[0]
+        ranks, layout = read_cluster(recipe.cluster).num_ranks, recipe.layout
+        axes = f"TP{layout.tensor} CP{layout.context} DP{layout.data_parallel(ranks)}"
+        numbers = [f"{value:,}" for value in (ranks, recipe.global_batch, recipe.num_steps)]
+        table.add_row(name, recipe.cluster, numbers[0], axes, *numbers[1:], what)
+    return table
+
+
+def count(size, latent_shape, text_tokens) -> dict:
+    """Parameters and FLOPs of one sample, in all and for each component."""
+    parameters = flops.parameters(size)
+    forward = flops.forward_flops(size, latent_shape, text_tokens)
+    return {
+        "size": size.name,
+        "latent_shape": list(latent_shape),
+        "tokens": size.num_tokens(latent_shape),
+        "text_tokens": text_tokens,
+        "parameters": sum(parameters.values()),
+        "forward_flops_per_sample": sum(forward.values()),
+        "train_flops_per_sample": flops.TRAIN_PASSES * sum(forward.values()),
+        "components": {
+            name: {
+                "parameters": parameters[name],
+                "forward_flops": forward[name],
+                "train_flops": flops.TRAIN_PASSES * forward[name],
+            }
+            for name in flops.COMPONENTS
+        },
+    }
+
+
+def count_table(counted):
+    """A rich table of what `count` returned, with its sums in the last row."""
+    table = _table("component", "parameters", "forward FLOPs", "train FLOPs", "share of FLOPs")
+    for name, row in counted["components"].items():
+        share = row["train_flops"] / counted["train_flops_per_sample"]
+        numbers = (f"{row['forward_flops']:.4g}", f"{row['train_flops']:.4g}", f"{share:.2%}")
+        table.add_row(name.replace("_", " "), f"{row['parameters']:,}", *numbers)
+    sums = (f"{counted['forward_flops_per_sample']:.4g}", f"{counted['train_flops_per_sample']:.4g}", "")
+    table.add_section()
+    table.add_row("sum", f"{counted['parameters']:,}", *sums)
+    return table
+
+
+def count_notes(counted) -> str:
+    """What the table's numbers are of, in lines."""
+    shape = "x".join(map(str, counted["latent_shape"]))
+    return (
+        f"{counted['size']}: {counted['parameters'] / 1e9:.2f}B parameters; "
+        f"{counted['train_flops_per_sample']:.2e} FLOPs to train on one sample,\n"
+        f"a latent of {shape} ({counted['tokens']:,} tokens) with {counted['text_tokens']:,} real text "
+        f"tokens. A 100-word caption is about 128\ntokens in each of UL2 and MetaCLIP; ByT5 sees quoted text only; "
+        f"--text-tokens changes the number.\n"
+        f"FLOPs are those of matrix products: a multiply-add is 2, backward is 2 x forward."
+    )
+
+
+def show(table):
+    """Print `table`, as wide as it needs where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def _table(*columns):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for column in columns:
+        is_text = column in ("recipe", "component", "cluster", "layout", "what")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=column != "what")
+    return table
