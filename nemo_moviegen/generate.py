@@ -71,13 +71,14 @@ def generate(
     latents = LatentReader(latents_folder)
     model, recipe = load_video_model(run_folder)
     scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
-    encoders = TextEncoders.load(encoders_folder, recipe.size.contexts)
+    device = next(model.parameters()).device
+    encoders = TextEncoders.load(encoders_folder, recipe.size.contexts, device=device)
     features = encoders.encode([with_fps(prompt, fps) for prompt in prompts])
     del encoders  # the largest of the three models: its memory is worth more to the decoder
-    autoencoder = load_autoencoder(autoencoder_folder)
+    autoencoder = load_autoencoder(autoencoder_folder).to(device)
 
     started = time.perf_counter()
-    mean_C, std_C = torch.as_tensor(latents.mean_C), torch.as_tensor(latents.std_C)
+    mean_C, std_C = (torch.as_tensor(numbers).float() for numbers in (latents.mean_C, latents.std_C))
     latent_BTCHW = sample_prompts(
         model,
         features,
@@ -192,9 +193,10 @@ def pad_contexts(features, context_sizes, device=None):
 
 @torch.no_grad()
 def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames) -> torch.Tensor:
-    """Video [num_frames, 3, H, W] in [-1, 1] of a normalised latent."""
+    """Video [num_frames, 3, H, W] in [-1, 1] on the CPU, of a normalised latent there."""
     raw_TCHW = latent_TCHW.float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
-    return autoencoder.decode(raw_TCHW[None], num_frames=num_frames)[0].clamp(-1, 1)
+    device = next(autoencoder.parameters()).device
+    return autoencoder.decode(raw_TCHW[None].to(device), num_frames=num_frames)[0].clamp(-1, 1).cpu()
 
 
 def write_samples(videos, prompts, output, fps) -> list[Path]:

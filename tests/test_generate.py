@@ -1,7 +1,5 @@
 """Sampling: from prompts to files, with guidance, keyed noise and errors before any work."""
 
-import types
-
 import numpy as np
 import pytest
 import torch
@@ -118,9 +116,13 @@ def test_features_of_other_encoders_are_refused():
 
 def test_decoding_undoes_the_normalisation_of_each_channel():
     seen = []
-    autoencoder = types.SimpleNamespace(
-        decode=lambda latent, num_frames: seen.append(latent) or torch.full((1, num_frames, 3, 8, 8), 7.0)
-    )
+
+    class Decoder(torch.nn.Linear):
+        def decode(self, latent_BTCHW, num_frames):
+            seen.append(latent_BTCHW)
+            return torch.full((1, num_frames, 3, 8, 8), 7.0)
+
+    autoencoder = Decoder(1, 1)
     mean, std = torch.arange(16.0), torch.arange(16.0) + 1
     video = decode(autoencoder, torch.ones(LATENT_TCHW), mean, std, num_frames=11)
     assert video.shape == (11, 3, 8, 8)

@@ -1,0 +1,165 @@
+"""The demo: real commands in order, finished stages not repeated, failures told, memory measured."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from nemo_moviegen import demo
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, cut_clips
+from nemo_moviegen.data.synthetic import write_moving_shapes
+from nemo_moviegen.demo import (
+    Stage,
+    choose_prompts,
+    demo_stages,
+    keyed,
+    resident_bytes,
+    run_demo,
+    run_watched,
+)
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """A three-stage demo of which every command writes its stage's file; returns the list of commands run."""
+    ran, codes = [], {}
+
+    def stages(out, scale, num_clips):
+        def stage(name, resumes=False):
+            return Stage(name=name, commands=((name, str(scale)),), outputs=(out / name,), resumes=resumes)
+
+        return [stage("clips"), stage("train", resumes=True), stage("report")]
+
+    def run(command):
+        name = command[3]
+        ran.append(name)
+        if codes.get(name):
+            (tmp_path / name).write_text("half")
+            return codes[name], 1.0, 100
+        (tmp_path / name).write_text("whole")
+        return 0, 2.0, 200
+
+    monkeypatch.setattr(demo, "demo_stages", stages)
+    monkeypatch.setattr(demo, "run_watched", run)
+    return types.SimpleNamespace(ran=ran, codes=codes)
+
+
+def test_finished_stages_are_not_repeated(told, tmp_path):
+    assert run_demo(tmp_path) == tmp_path / "report"
+    run_demo(tmp_path)
+    assert told.ran == ["clips", "train", "report"]
+    run_demo(tmp_path, fresh=True)
+    assert told.ran == ["clips", "train", "report"] * 2
+
+
+def test_another_scale_repeats_all_that_depends_on_it(told, tmp_path):
+    run_demo(tmp_path)
+    run_demo(tmp_path, 0.5)
+    assert told.ran == ["clips", "train", "report"] * 2
+    assert json.loads((tmp_path / "stages.json").read_text())["scale"] == 0.5
+
+
+def test_a_stage_whose_output_is_gone_runs_again_with_all_after_it(told, tmp_path):
+    run_demo(tmp_path)
+    (tmp_path / "train").unlink()
+    run_demo(tmp_path)
+    assert told.ran[3:] == ["train", "report"]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("train", True), ("clips", False)])
+def test_an_interrupted_training_goes_on_from_what_it_left_another_stage_anew(
+    told, tmp_path, monkeypatch, name, kept
+):
+    told.codes[name] = 1
+    with pytest.raises(ValueError, match=f"stage '{name}' of the demo ended with exit code 1"):
+        run_demo(tmp_path)
+    told.codes.clear()
+    found, run = [], demo.run_watched
+
+    def run_and_look(command):
+        found.append((tmp_path / command[3]).exists())
+        return run(command)
+
+    monkeypatch.setattr(demo, "run_watched", run_and_look)
+    run_demo(tmp_path)
+    assert found[0] is kept
+    assert not any(found[1:])
+    stages = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [stage["finished"] for stage in stages] == [True] * 3
+
+
+def test_seconds_of_an_interrupted_training_add_up(told, tmp_path):
+    told.codes["train"] = -9
+    with pytest.raises(ValueError, match="killed by signal 9"):
+        run_demo(tmp_path)
+    told.codes.clear()
+    run_demo(tmp_path)
+    record = json.loads((tmp_path / "stages.json").read_text())["stages"][1]
+    assert (record["seconds"], record["peak_bytes"]) == (3.0, 200)
+
+
+def test_what_else_lies_in_the_folder_survives_a_fresh_demo(told, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    run_demo(tmp_path)
+    run_demo(tmp_path, fresh=True)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("scale", [0, -1, 11])
+def test_a_scale_that_makes_no_demo_is_refused(scale, tmp_path):
+    with pytest.raises(ValueError, match="scale is"):
+        run_demo(tmp_path, scale)
+
+
+def test_keys_depend_on_all_stages_before():
+    stages = [Stage(name=n, commands=((n,),), outputs=()) for n in "abc"]
+    other = [stages[0], Stage(name="b", commands=(("x",),), outputs=()), stages[2]]
+    same = [a == b for (_, a), (_, b) in zip(keyed(stages), keyed(other), strict=True)]
+    assert same == [True, False, False]
+
+
+def test_the_commands_of_the_standard_demo_change_nothing_of_the_recipes():
+    stages = demo_stages(Path("out/demo"), 1.0)
+    trained = [command for stage in stages for command in stage.commands if command[0] == "train"]
+    assert trained == [("train", "tiny.tae"), ("train", "tiny.t2i"), ("train", "tiny.t2iv")]
+
+
+def test_every_command_of_the_demo_is_one_the_command_line_takes(tmp_path):
+    from nemo_moviegen.__main__ import _parser
+
+    for scale in (1.0, 0.01):
+        for stage in demo_stages(tmp_path / "elsewhere", scale):
+            for command in stage.commands:
+                assert _parser().parse_args(list(command)).run, command
+
+
+def test_prompts_are_unlike_each_other_and_cover_both_splits(tmp_path):
+    clips = write_moving_shapes(tmp_path, 24, progress=False)
+    clips += write_moving_shapes(tmp_path, 4, split="heldout", progress=False)
+    clips += cut_clips(BIG_BUCK_BUNNY, 1.0, caption="a rabbit", images=True)
+    prompts = choose_prompts(clips)
+    split = {clip.caption: clip.split for clip in clips}
+    assert [split[prompt] for prompt in prompts] == ["train"] * 4 + ["heldout"] * 2 + ["train"]
+    assert len(set(prompts)) == 7
+    assert prompts[-1] == "a rabbit"
+    assert len({prompt.split()[1] for prompt in prompts[:4]}) == 4, "four colours"
+
+
+def test_memory_of_children_counts(tmp_path):
+    grandchild = "import time; held = bytearray(150 << 20); time.sleep(1.5)"
+    child = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {grandchild!r}]) + 7)"
+    code, seconds, peak_bytes = run_watched([sys.executable, "-c", child])
+    assert code == 7
+    assert 1.5 < seconds < 30
+    assert 150 << 20 < peak_bytes < 400 << 20
+
+
+def test_memory_of_a_process_that_is_gone_is_zero():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    assert resident_bytes(process.pid) == 0
+    assert resident_bytes(os.getpid()) > 1 << 20
