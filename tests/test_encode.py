@@ -1,0 +1,195 @@
+"""The encode stage: clips and captions to shards, through the real decoder, autoencoder and text encoders."""
+
+import json
+import logging
+import sys
+import types
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_moviegen.data.clips import sample_id, write_manifest
+from nemo_moviegen.data.dali import ClipLoader
+from nemo_moviegen.data.latents import LatentReader
+from nemo_moviegen.data.synthetic import write_moving_shapes
+from nemo_moviegen.encode import encode, heldout_folder
+from nemo_moviegen.prompts import with_fps
+from nemo_moviegen.recipe import AutoencoderSize, Bucket
+from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
+from nemo_moviegen.tae.model import TemporalAutoencoder
+from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
+
+CONTEXTS = VIDEO_TINY.contexts
+BUCKET = Bucket(
+    num_frames=10, height_px=32, width_px=48, fps=16
+)  # half the source's rate; the second latent is padded
+HALF = 2e-3  # shards are float16, latents about one
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    torch.manual_seed(1)
+    size = AutoencoderSize(base_width=8, multipliers=(1, 1, 1, 1), blocks_per_level=1)
+    return TemporalAutoencoder(size).eval()
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    """Manifest of 5 train clips and 2 held-out ones with an image each, and toy encoders."""
+    folder = tmp_path_factory.mktemp("stage")
+    clips = write_moving_shapes(folder, 5, num_frames=20, fps=32, seed=1, progress=False)
+    clips += write_moving_shapes(folder, 2, num_frames=20, fps=32, seed=1, split="heldout", progress=False)
+    write_toy_encoders(folder / "encoders", CONTEXTS)
+    return types.SimpleNamespace(folder=folder, clips=clips, encoders=folder / "encoders")
+
+
+@pytest.fixture(autouse=True)
+def trained(monkeypatch, autoencoder):
+    """An autoencoder in place of one read from a run folder."""
+    module = types.ModuleType("nemo_moviegen.training.autoencoder")
+    module.load_autoencoder = lambda run_folder: autoencoder
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def run(stage, output, clips=None, **settings):
+    manifest = write_manifest(output.parent / f"{output.name}.parquet", clips or stage.clips)
+    settings = {"bucket": BUCKET, "context_sizes": CONTEXTS, "batch_size": 2} | settings
+    return encode(manifest, "a-run-folder", stage.encoders, output, **settings)
+
+
+def raw(reader, row):
+    """A sample's latent as it was encoded."""
+    return reader[row].latent_TCHW * reader.std_C[:, None, None] + reader.mean_C[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def encoded(stage, autoencoder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("encoded") / "latents"
+    with pytest.MonkeyPatch.context() as patch:
+        trained.__wrapped__(patch, autoencoder)
+        summary = run(stage, output, samples_per_shard=4)
+    return output, summary
+
+
+def test_every_clip_and_image_of_the_training_split_is_encoded_once(stage, encoded):
+    output, summary = encoded
+    reader = LatentReader(output)
+    ids = [clip.clip_id for clip in stage.clips if clip.split == "train"]
+    assert sorted(reader[row].clip_id for row in range(len(reader))) == sorted(ids)
+    assert sorted(reader.sample_ids) == sorted(sample_id(clip_id) for clip_id in ids)
+    assert sorted(reader.latent_shapes) == [(1, 4, 6)] * 5 + [(2, 4, 6)] * 5
+    assert (summary["train"], summary["heldout"], summary["quarantined"]) == (10, 4, [])
+
+
+def test_latents_are_the_mean_of_the_posterior_of_the_clip(stage, encoded, autoencoder):
+    reader = LatentReader(encoded[0])
+    row_of = {reader[row].clip_id: row for row in range(len(reader))}
+    loader = ClipLoader(stage.clips, BUCKET, batch_size=1, order=range(10))
+    for video_BTCHW, (row,) in loader:
+        with torch.no_grad():
+            expected = autoencoder.encode(video_BTCHW).mean_BTCHW[0].numpy()
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(raw(reader, row_of[stage.clips[row].clip_id]), expected, atol=HALF * scale)
+
+
+def test_every_prompt_starts_with_the_frame_rate_of_the_bucket(stage, encoded):
+    reader = LatentReader(encoded[0])
+    encoders = TextEncoders.load(stage.encoders, CONTEXTS)
+    captions = {clip.clip_id: clip.caption for clip in stage.clips}
+    for row in range(len(reader)):
+        sample = reader[row]
+        expected = encoders.encode([with_fps(captions[sample.clip_id], 16)])[0]
+        assert sample.caption == captions[sample.clip_id] and sample.fps == 16
+        assert [*sample.contexts] == [*expected]
+        for name, feature in expected.items():
+            np.testing.assert_allclose(sample.contexts[name], feature, atol=2 * HALF)
+
+
+def test_the_empty_prompt_lies_beside_the_shards(stage, encoded):
+    empty = LatentReader(encoded[0]).empty_prompt
+    for name, feature in TextEncoders.load(stage.encoders, CONTEXTS).encode([""])[0].items():
+        assert empty[name].shape == feature.shape
+        np.testing.assert_allclose(empty[name], feature, atol=2 * HALF)
+
+
+def test_heldout_clips_are_kept_apart_and_normalised_like_the_training_set(stage, encoded):
+    reader, train = LatentReader(heldout_folder(encoded[0])), LatentReader(encoded[0])
+    expected = {clip.clip_id for clip in stage.clips if clip.split == "heldout"}
+    assert {reader[row].clip_id for row in range(len(reader))} == expected
+    np.testing.assert_array_equal(reader.mean_C, train.mean_C)
+    np.testing.assert_array_equal(reader.std_C, train.std_C)
+
+
+def test_a_sample_does_not_depend_on_its_batch(stage, encoded, tmp_path):
+    run(stage, tmp_path / "latents", batch_size=3)
+    other, reader = LatentReader(tmp_path / "latents"), LatentReader(encoded[0])
+    rows = {sample_id: row for row, sample_id in enumerate(other.sample_ids)}
+    for row, key in enumerate(reader.sample_ids):
+        np.testing.assert_allclose(raw(reader, row), raw(other, rows[key]), atol=HALF)
+
+
+def test_unreadable_clips_are_named_and_counted_and_the_rest_is_encoded(stage, tmp_path, caplog):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("no video at all")
+    bad = [
+        replace(stage.clips[0], clip_id=name, path=str(tmp_path / f"{name}.mp4"))
+        for name in ("empty", "text", "absent")
+    ]
+    train = [clip for clip in stage.clips if clip.split == "train"]
+    with caplog.at_level(logging.WARNING, logger="nemo_moviegen.encode"):
+        summary = run(stage, tmp_path / "latents", clips=[bad[0], *train[:3], bad[1], *train[3:], bad[2]])
+    assert summary["train"] == 10 and summary["quarantined"] == ["empty", "text", "absent"]
+    (record,) = [r for r in caplog.records if r.name == "nemo_moviegen.encode"]
+    assert "3 of 13 clips" in record.getMessage() and "empty, text, absent" in record.getMessage()
+    lines = (tmp_path / "latents" / "quarantine.jsonl").read_text().splitlines()
+    assert {json.loads(line)["clip_id"] for line in lines} == {"empty", "text", "absent"}
+    assert len(LatentReader(tmp_path / "latents")) == 10
+
+    run(stage, tmp_path / "latents", clips=train)  # a second run starts its own list
+    assert not (tmp_path / "latents" / "quarantine.jsonl").exists()
+
+
+def test_a_killed_run_leaves_nothing_that_reads_as_complete(stage, tmp_path, autoencoder, monkeypatch):
+    output = tmp_path / "latents"
+    run(stage, output)
+    assert len(LatentReader(output)) == 10 and len(LatentReader(heldout_folder(output))) == 4
+    calls = []
+
+    def dies(video_BTCHW):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return TemporalAutoencoder.encode(autoencoder, video_BTCHW)
+
+    monkeypatch.setattr(autoencoder, "encode", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, output, samples_per_shard=2)
+    for folder in (output, heldout_folder(output)):
+        with pytest.raises(ValueError, match="no finished latents"):
+            LatentReader(folder)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        ({"bucket": replace(BUCKET, height_px=30)}, "bucket.height_px is 30"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"context_sizes": (ContextSize(name="t5", width=64, max_tokens=8),)}, "t5: the folder is missing"),
+    ],
+)
+def test_a_mistake_leaves_the_latents_that_were_there(stage, tmp_path, settings, match):
+    output = tmp_path / "latents"
+    run(stage, output)
+    with pytest.raises(ValueError, match=match):
+        run(stage, output, **settings)
+    assert len(LatentReader(output)) == 10 and len(LatentReader(heldout_folder(output))) == 4
+
+
+def test_a_manifest_without_training_clips_is_refused(stage, tmp_path):
+    heldout = [clip for clip in stage.clips if clip.split == "heldout"]
+    with pytest.raises(ValueError, match="no clip of the split train"):
+        run(stage, tmp_path / "latents", clips=heldout)
+    with pytest.raises(ValueError, match="no clip manifest"):
+        encode(tmp_path / "no.parquet", "x", stage.encoders, tmp_path, bucket=BUCKET, context_sizes=CONTEXTS)
