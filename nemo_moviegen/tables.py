@@ -81,15 +81,14 @@ def count_table(counted):
 
 def count_notes(counted) -> str:
     """What the table's numbers are of, in lines."""
-    shape = "x".join(map(str, counted["latent_shape"]))
-    return (
-        f"{counted['size']}: {counted['parameters'] / 1e9:.2f}B parameters; "
-        f"{counted['train_flops_per_sample']:.2e} FLOPs to train on one sample,\n"
-        f"a latent of {shape} ({counted['tokens']:,} tokens) with {counted['text_tokens']:,} real text "
-        f"tokens. A 100-word caption is about 128\ntokens in each of UL2 and MetaCLIP; ByT5 sees quoted text only; "
-        f"--text-tokens changes the number.\n"
-        f"FLOPs are those of matrix products: a multiply-add is 2, backward is 2 x forward."
-    )
+    parameters, shape = counted["parameters"], "x".join(map(str, counted["latent_shape"]))
+    amount = f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.2f}M"
+    flop = f"{counted['train_flops_per_sample']:.2e}"
+    return f"""{counted["size"]}: {amount} parameters; {flop} FLOPs to train on one sample,
+a latent of {shape} ({counted["tokens"]:,} tokens) with {counted["text_tokens"]:,} real text tokens.
+A 100-word caption is about 128 tokens in each of UL2 and MetaCLIP; ByT5 sees quoted text only;
+--text-tokens changes the number. FLOPs are those of matrix products: a multiply-add is 2, backward
+is 2 x forward."""
 
 
 def show(table):
