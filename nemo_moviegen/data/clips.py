@@ -220,7 +220,7 @@ def write_video(path, video_THWC, fps, codec="libvpx-vp9", pix_fmt="yuv420p") ->
 
 
 def record_unusable(quarantine, clip_id, path, reason):
-    """Log a warning; append a JSON line of clip_id, path and reason to the file `quarantine` unless it is None."""
+    """Log a warning; append clip_id, path and reason as JSON to the file `quarantine`, if there is one."""
     logger.warning("left out: %s", reason)
     if quarantine:
         quarantine = Path(quarantine)

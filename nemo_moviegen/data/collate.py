@@ -39,13 +39,13 @@ def _check_latents(samples, latent_channels):
         if sample.latent_TCHW.shape != first.latent_TCHW.shape:
             raise ValueError(
                 f"{sample.clip_id} has latents {sample.latent_TCHW.shape}, "
-                f"{first.clip_id} {first.latent_TCHW.shape}: a batch takes one shape, use the rows of one BatchOrder.batch"
+                f"{first.clip_id} {first.latent_TCHW.shape}: a batch takes one shape, see BatchOrder"
             )
     channels = first.latent_TCHW.shape[1]
     if latent_channels is not None and channels != latent_channels:
         raise ValueError(
             f"{first.clip_id} has {channels} latent channels, the model takes {latent_channels}: "
-            f"set size.input_channels={channels} size.output_channels={channels}, or encode with another autoencoder"
+            f"set size.input_channels={channels} size.output_channels={channels}, or encode again"
         )
 
 
@@ -55,19 +55,19 @@ def _pad(samples, size, pad):
     for sample in samples:
         if size.name not in sample.contexts:
             raise ValueError(
-                f"{sample.clip_id} has no features of {size.name}, "
-                f"only of {', '.join(sample.contexts) or 'none'}: run `moviegen encode` with this recipe's text encoders"
+                f"{sample.clip_id} has no {size.name} features, only {', '.join(sample.contexts) or 'none'}: "
+                "run `moviegen encode` with this recipe's text encoders"
             )
         features_LD = sample.contexts[size.name]
         if features_LD.ndim != 2 or features_LD.shape[1] != size.width:
             raise ValueError(
                 f"{sample.clip_id}: features of {size.name} are {features_LD.shape}, the recipe's width is "
-                f"{size.width}: run `moviegen encode` with this recipe's text encoders, or set the width of its context size"
+                f"{size.width}: run `moviegen encode` with this recipe's encoders, or set the size's width"
             )
         if len(features_LD) > size.max_tokens:
             raise ValueError(
                 f"{sample.clip_id}: {len(features_LD)} tokens of {size.name}, the recipe takes "
-                f"{size.max_tokens}: run `moviegen encode` with this recipe, or raise max_tokens of its context size"
+                f"{size.max_tokens}: run `moviegen encode` with this recipe, or raise the size's max_tokens"
             )
         features.append(features_LD)
     length = size.max_tokens if pad == "max" else max(1, *(len(f) for f in features))

@@ -53,12 +53,8 @@ def read_clip(clip, row, num_frames, fps, keeps_packets) -> EncodedClip:
 
 
 def nearest_frames(times_N, wanted_T) -> np.ndarray:
-    """int32 [T]: for each wanted time the index of the nearest of the sorted `times_N`; the earlier of two equals."""
-    right = (
-        np.searchsorted(times_N, wanted_T).clip(1, len(times_N) - 1)
-        if len(times_N) > 1
-        else np.zeros_like(wanted_T, int)
-    )
+    """int32 [T]: index of the nearest of the sorted `times_N` to each wanted time, of two the earlier."""
+    right = np.searchsorted(times_N, wanted_T).clip(max=len(times_N) - 1)
     left = np.maximum(right - 1, 0)
     return np.where(times_N[right] - wanted_T < wanted_T - times_N[left], right, left).astype(np.int32)
 
@@ -115,7 +111,7 @@ def _span(clip, times_N, wanted_T, frame_seconds):
         if wanted_T[-1] >= clip.end_seconds:
             raise ValueError(
                 f"the clip of {clip.end_seconds - clip.start_seconds:.3f} s is too short: the bucket's last "
-                f"frame lies at {wanted_T[-1] - clip.start_seconds:.3f} s; cut longer clips or use fewer frames"
+                f"frame is at {wanted_T[-1] - clip.start_seconds:.3f} s; cut longer or take fewer frames"
             )
         slack = 0.01 * frame_seconds  # containers round timestamps, to a millisecond in WebM
         first = int(np.searchsorted(times_N, clip.start_seconds - slack))

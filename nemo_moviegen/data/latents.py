@@ -58,7 +58,7 @@ class LatentWriter:
         self._count, self._sum_C, self._squares_C = 0, 0.0, 0.0
 
     def add(self, sample):
-        """Append one sample. ValueError for a repeated id, other channels than before, or values float16 lacks."""
+        """Append one sample. ValueError for a repeated id, other channels, or values float16 cannot hold."""
         latent_TCHW = np.asarray(sample.latent_TCHW, np.float16)
         contexts = {name: np.asarray(features, np.float16) for name, features in sample.contexts.items()}
         self._check(sample, latent_TCHW, contexts)
@@ -139,7 +139,7 @@ class LatentWriter:
             )
         if self._rows and latent_TCHW.shape[1] != self._rows[0]["channels"]:
             raise ValueError(
-                f"sample {sample.clip_id}: {latent_TCHW.shape[1]} latent channels, the samples before it have "
+                f"sample {sample.clip_id}: {latent_TCHW.shape[1]} latent channels, those before it have "
                 f"{self._rows[0]['channels']}; encode all with one autoencoder"
             )
         if sample.sample_id in self._ids:
@@ -233,9 +233,7 @@ class LatentReader:
         The replacement depends on the files alone, so every rank that reads the row gets the same. Damaged
         samples are logged, written to the quarantine file and counted once. ValueError where none is left.
         """
-        return (
-            [self._read_or_replace(row) for row in rows] if self.skip_damaged else [self[row] for row in rows]
-        )
+        return [self._read_or_replace(row) if self.skip_damaged else self[row] for row in rows]
 
     def _read_or_replace(self, row):
         same_shape = self._rows_of_shape[self.latent_shapes[row]]
@@ -262,16 +260,7 @@ class LatentReader:
 
     def _reject(self, row, reason):
         self._damaged.add(row)
-        logger.warning("left out: %s", reason)
-        if self.quarantine:
-            line = {
-                "clip_id": self._clip_ids[row],
-                "path": str(self.folder / self._shards[row]),
-                "reason": reason,
-            }
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            with self.quarantine.open("a") as file:  # one short append: ranks may share the file
-                file.write(json.dumps(line) + "\n")
+        record_unusable(self.quarantine, self._clip_ids[row], self.folder / self._shards[row], reason)
 
     def _damage(self, row, what):
         return ValueError(

@@ -78,10 +78,10 @@ class BatchOrder:
     def _check(self, num_rows):
         needs = {"image": self.image_every > 0, "video": self.image_every != 1}
         commands = {
-            "image": "run `moviegen encode` on a manifest with image rows (`moviegen shapes` writes them), or set "
-            "data.image_every=0",
-            "video": "run `moviegen encode` on a manifest with video rows, or set data.image_every=1 to train on "
-            "images only",
+            "image": "run `moviegen encode` on a manifest with image rows (`moviegen shapes` makes some), or "
+            "set data.image_every=0",
+            "video": "run `moviegen encode` on a manifest with video rows, or set "
+            "data.image_every=1 to train on images only",
         }
         for kind, needed in needs.items():
             if needed and not self._shapes[kind]:
@@ -97,7 +97,7 @@ class BatchOrder:
 
 
 def _rows_by_shape(latent_shapes):
-    """Row numbers of each shape, shapes sorted: the order of the shards does not matter to who takes turns."""
+    """Row numbers of each shape, shapes sorted: whose turn it is does not depend on the order of rows."""
     rows = {}
     for row, shape in enumerate(latent_shapes):
         rows.setdefault(tuple(int(n) for n in shape), []).append(row)

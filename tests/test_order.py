@@ -1,0 +1,98 @@
+"""Batches as a function of the step: nothing skipped, nothing repeated, shapes in proportion."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemo_moviegen.data.order import BatchOrder
+
+SHAPES = [(1, 8, 8)] * 7 + [(2, 8, 8)] * 10 + [(4, 8, 8)] * 5 + [(2, 6, 12)] * 3
+
+
+def test_image_steps_are_one_in_image_every():
+    order = BatchOrder(SHAPES, 4, seed=0, image_every=11)
+    assert [step for step in range(50) if order.kind(step) == "image"] == [10, 21, 32, 43]
+    for step in range(50):
+        rows, _ = order.batch(step)
+        assert {SHAPES[row] for row in rows} == {order.shape(step)}
+        assert (order.shape(step)[0] == 1) == (order.kind(step) == "image")
+
+
+def test_zero_means_no_images_and_one_means_only_images():
+    assert {BatchOrder(SHAPES, 4, 0, 0).kind(step) for step in range(30)} == {"video"}
+    assert {BatchOrder(SHAPES, 4, 0, 1).kind(step) for step in range(30)} == {"image"}
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    global_batch=st.integers(1, 7),
+    seed=st.integers(0, 5),
+    image_every=st.sampled_from([0, 1, 2, 11]),
+)
+def test_each_row_comes_exactly_once_an_epoch_and_epochs_in_order(counts, global_batch, seed, image_every):
+    shapes = [(1 + 2 * kind, 8, 8) for kind, count in enumerate(counts) for _ in range(count)]
+    order = BatchOrder(shapes, global_batch, seed, image_every)
+    streams = {}
+    for step in range(120):
+        rows, epochs = order.batch(step)
+        assert len(rows) == len(epochs) == global_batch
+        streams.setdefault(order.shape(step), []).extend(zip(rows, epochs, strict=True))
+    for shape, stream in streams.items():
+        members = [row for row, s in enumerate(shapes) if s == shape]
+        for start in range(0, len(stream) - len(members) + 1, len(members)):
+            epoch = stream[start : start + len(members)]
+            assert sorted(row for row, _ in epoch) == members
+            assert {number for _, number in epoch} == {start // len(members)}
+
+
+def test_a_step_can_be_asked_for_alone_in_any_order():
+    forward = [BatchOrder(SHAPES, 4, 3, 5).batch(step) for step in range(60)]
+    one = BatchOrder(SHAPES, 4, 3, 5)
+    assert [one.batch(step) for step in reversed(range(60))] == forward[::-1]
+    assert BatchOrder(SHAPES, 4, 3, 5).batch(1_000_000_007) == one.batch(1_000_000_007)
+
+
+def test_shapes_take_turns_in_proportion_to_their_samples():
+    order = BatchOrder(SHAPES, 4, seed=1, image_every=0)
+    # 10 + 5 + 3 clips: every window of 18 steps that starts at a multiple of 18 has exactly that many of each
+    for start in (0, 18, 180):
+        turns = Counter(order.shape(step) for step in range(start, start + 18))
+        assert turns == {(2, 8, 8): 10, (4, 8, 8): 5, (2, 6, 12): 3}
+
+
+def test_the_seed_and_the_epoch_change_the_shuffle():
+    def epoch(seed, number):
+        order = BatchOrder([(2, 8, 8)] * 12, 12, seed, 0)
+        return order.batch(number)[0]
+
+    assert len({tuple(epoch(seed, number)) for seed in (0, 1) for number in (0, 1, 2)}) == 6
+
+
+def test_the_batches_do_not_depend_on_how_rows_of_other_shapes_lie_between():
+    mixed = [shape for pair in zip([(2, 8, 8)] * 6, [(1, 8, 8)] * 6, strict=True) for shape in pair]
+    apart = [(2, 8, 8)] * 6 + [(1, 8, 8)] * 6
+    for step in range(20):
+        rows_mixed = BatchOrder(mixed, 4, 0, 3).batch(step)[0]
+        rows_apart = BatchOrder(apart, 4, 0, 3).batch(step)[0]
+        assert [row // 2 for row in rows_mixed] == [row % 6 for row in rows_apart]
+
+
+def test_a_missing_kind_is_refused_with_the_command_that_makes_it():
+    with pytest.raises(
+        ValueError, match=r"image_every is 11, but none of the 3 samples are one-frame.*moviegen encode"
+    ):
+        BatchOrder([(2, 8, 8)] * 3, 4, 0, 11)
+    with pytest.raises(ValueError, match=r"none of the 3 samples are latents longer.*image_every=1"):
+        BatchOrder([(1, 8, 8)] * 3, 4, 0, 11)
+    BatchOrder([(1, 8, 8)] * 3, 4, 0, 1)
+    BatchOrder([(2, 8, 8)] * 3, 4, 0, 0)
+
+
+def test_counts_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="global_batch 0"):
+        BatchOrder(SHAPES, 0, 0, 11)
+    with pytest.raises(ValueError, match="step -1"):
+        BatchOrder(SHAPES, 4, 0, 11).batch(-1)
