@@ -251,19 +251,17 @@ def check_folder(kind, folder):
 
 def check_fits(run_folder, latent_THW):
     """ValueError where the run's recipe is missing or its position tables are smaller than the latent."""
-    import yaml
-
-    from nemo_moviegen.settings import from_plain
-    from nemo_moviegen.sizes import TransformerSize
+    from nemo_moviegen.recipe import VideoRecipe, read_recipe
 
     path = Path(run_folder) / "recipe.yaml"
     if not path.is_file():
         raise ValueError(f"{run_folder} holds no recipe.yaml: it is not the output folder of a training run")
-    recipe = yaml.safe_load(path.read_text())
-    if not isinstance(recipe, dict) or "size" not in recipe:
-        raise ValueError(f"{path} is not the recipe of a video model: give the folder of a video run")
-    size = from_plain(TransformerSize, recipe["size"], f"{path}: size")
-    size.num_tokens(latent_THW)
+    recipe = read_recipe(path)
+    if not isinstance(recipe, VideoRecipe):
+        raise ValueError(
+            f"{run_folder} holds a run of {recipe.name}, which is no video model: give one that is"
+        )
+    recipe.size.num_tokens(latent_THW)
 
 
 def check_writable(output):

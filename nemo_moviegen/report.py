@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_moviegen.report_charts import LABELS, METRICS_FILE, curve_svg, read_metrics, series
+from nemo_moviegen.report_charts import LABELS, METRICS_FILE, curves_svg, read_metrics, series
 from nemo_moviegen.video_files import pick_frames, read_frames, write_mp4
 
 RUNS = ("tae", "t2i", "t2iv")
 """Run folders of a demo, in the order of the stages."""
-CHART_KEYS = ("train/l1", "train/psnr_db", "train/loss", "train/loss_image", "train/loss_video")
+CHART_KEYS = ("train/l1", "train/psnr_db", "train/loss")
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -120,14 +120,17 @@ def stage_rows(stages) -> list[dict]:
 
 
 def charts(metrics) -> list[dict]:
-    """Curves of every run: its losses, then PSNR."""
+    """Curves of every run; images and clips apart where a run has both, for their losses differ."""
     found = []
     for run, rows in metrics.items():
+        kinds = {"clips": [r for r in rows if not r.get("train/is_image")]}
+        kinds["images"] = [r for r in rows if r.get("train/is_image")]
         for key in CHART_KEYS:
-            steps, values = series(rows, key)
-            if len(values) > 1:
+            curves = {kind: series(part, key) for kind, part in kinds.items()}
+            curves = {kind: curve for kind, curve in curves.items() if len(curve[1]) > 1}
+            if curves:
                 label = LABELS.get(key, key)
-                svg = curve_svg(f"{run}: {key.removeprefix('train/')}", steps, values, label)
+                svg = curves_svg(f"{run}: {key.removeprefix('train/')}", curves, label)
                 found.append({"title": f"{run}: {label} by step", "image": data_uri(svg, "image/svg+xml")})
     return found
 

@@ -17,7 +17,8 @@ LABELS = {
     "speed/tokens_per_second": "tokens/s",
 }
 """Axis label of a logged key, with its unit; other keys are drawn under their own name."""
-RAW, SMOOTH = "#a9c2ec", "#1d4fa8"
+COLORS = (("#a9c2ec", "#1d4fa8"), ("#f3c9a0", "#c2570c"))
+"""(logged, running mean) of the first and the second curve of a chart."""
 
 
 def read_metrics(run_folder) -> list[dict]:
@@ -59,24 +60,41 @@ def running_mean(values, window) -> list[float]:
     return means
 
 
-def curve_svg(title, steps, values, label) -> bytes:
-    """SVG of one curve: its points and, where there are enough, their running mean."""
+def thinned(values, most=1000) -> list:
+    """At most `most` of the values, evenly spaced: a screen shows no more."""
+    step = -(-len(values) // most) or 1
+    return values[::step]
+
+
+def curves_svg(title, curves, label) -> bytes:
+    """SVG of {name: (steps, values)}: what was logged and, where there is enough of it, its running mean.
+
+    The vertical axis is logarithmic where the values are positive and span more than a factor of 20.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        window = max(3, len(values) // 20 | 1)
-        if len(values) > 2 * window:
-            axes.plot(steps, values, color=RAW, linewidth=1, label="logged")
-            axes.plot(
-                steps, running_mean(values, window), color=SMOOTH, linewidth=2, label=f"mean of {window}"
-            )
-            axes.legend(frameon=False, fontsize=9)
-        else:
-            axes.plot(steps, values, color=SMOOTH, linewidth=2, marker="o", markersize=3)
-        if min(values) > 0 and max(values) > 20 * min(values):
+        for (name, (steps, values)), (raw, smooth) in zip(curves.items(), COLORS, strict=False):
+            window = max(3, len(values) // 20 | 1)
+            known = f"{name}, " if len(curves) > 1 else ""
+            if len(values) > 2 * window:
+                means = running_mean(values, window)
+                axes.plot(thinned(steps), thinned(values), color=raw, linewidth=0.8, alpha=0.7)
+                axes.plot(
+                    thinned(steps),
+                    thinned(means),
+                    color=smooth,
+                    linewidth=2,
+                    label=f"{known}mean of {window}",
+                )
+            else:
+                axes.plot(steps, values, color=smooth, linewidth=2, marker="o", markersize=3, label=name)
+        axes.legend(frameon=False, fontsize=9)
+        every = [value for _, values in curves.values() for value in values]
+        if min(every) > 0 and max(every) > 20 * min(every):
             axes.set_yscale("log")
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("step")

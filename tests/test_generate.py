@@ -1,5 +1,7 @@
 """Sampling: from prompts to files, with guidance, keyed noise and errors before any work."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,10 @@ from nemo_moviegen.generate import (
     sample_prompts,
     write_samples,
 )
+from nemo_moviegen.recipe import recipe_yaml
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.video_files import read_frames
+from recipes import tiny
 
 SIZES = (ContextSize(name="ul2", width=4, max_tokens=5), ContextSize(name="byt5", width=3, max_tokens=2))
 LATENT_TCHW = (2, 16, 4, 6)
@@ -166,25 +170,16 @@ def test_missing_and_empty_folders_are_named(tmp_path):
         check_folder("latents", tmp_path)
 
 
-def write_recipe(folder, **size):
-    from omegaconf import OmegaConf
-
-    from recipes.tiny import t2i
-
-    recipe = OmegaConf.structured(t2i())
-    folder.mkdir(exist_ok=True)
-    text = OmegaConf.to_yaml(recipe)
-    for key, value in size.items():
-        text = text.replace(f"{key}: {getattr(VIDEO_TINY, key)}", f"{key}: {value}")
-    (folder / "recipe.yaml").write_text(text)
+def write_recipe(folder, recipe):
+    (folder / "recipe.yaml").write_text(recipe_yaml(recipe))
 
 
 def test_a_latent_beyond_the_position_tables_is_refused(tmp_path):
-    write_recipe(tmp_path)
+    write_recipe(tmp_path, tiny.t2iv())
     check_fits(tmp_path, (VIDEO_TINY.max_frames, 8, 8))
     with pytest.raises(ValueError, match=f"needs {VIDEO_TINY.max_frames + 1} positions"):
         check_fits(tmp_path, (VIDEO_TINY.max_frames + 1, 8, 8))
-    write_recipe(tmp_path, max_frames=3)
+    write_recipe(tmp_path, replace(tiny.t2iv(), size=replace(VIDEO_TINY, max_frames=3)))
     with pytest.raises(ValueError, match="needs 8 positions, video_tiny has 3"):
         check_fits(tmp_path, (8, 8, 8))
 
@@ -192,8 +187,8 @@ def test_a_latent_beyond_the_position_tables_is_refused(tmp_path):
 def test_a_folder_without_a_video_recipe_is_no_run(tmp_path):
     with pytest.raises(ValueError, match=r"no recipe\.yaml"):
         check_fits(tmp_path, (1, 8, 8))
-    (tmp_path / "recipe.yaml").write_text("name: tiny.tae\n")
-    with pytest.raises(ValueError, match="not the recipe of a video model"):
+    write_recipe(tmp_path, tiny.tae())
+    with pytest.raises(ValueError, match=r"a run of tiny\.tae, which is no video model"):
         check_fits(tmp_path, (1, 8, 8))
 
 

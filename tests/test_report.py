@@ -62,7 +62,13 @@ def demo(tmp_path):
     write_metrics(
         demo / "t2iv",
         [
-            {"step": i, "train/loss": 2 / i, "speed/step_seconds": 0.25, "speed/tokens_per_second": 4096.0}
+            {
+                "step": i,
+                "train/loss": 2 / i,
+                "train/is_image": int(i % 11 == 10),
+                "speed/step_seconds": 0.25,
+                "speed/tokens_per_second": 4096.0,
+            }
             for i in range(1, 60)
         ],
     )
@@ -140,10 +146,12 @@ def test_numbers_of_the_run_are_on_the_page(demo):
     ):
         assert text in page.text, text
     charts = [image for image in page.all("img") if image["src"].startswith("data:image/svg+xml")]
-    assert len(charts) == 1
+    assert len(charts) == 1, "images and clips share a chart"
     svg = base64.b64decode(charts[0]["src"].partition(",")[2]).decode()
     assert "squared velocity error" in svg
     assert ">step<" in svg
+    assert ">clips, mean of 3<" in svg
+    assert ">images<" in svg
 
 
 def test_a_prompt_is_text_not_markup(demo):
