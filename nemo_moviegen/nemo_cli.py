@@ -21,7 +21,7 @@ def train(recipe: Recipe):
 
 
 def as_config(value):
-    """A tree of dataclasses as NeMo-Run's `Config`s: its command line changes them, its executors ship them."""
+    """A tree of dataclasses as NeMo-Run's `Config`s, which its command line can change."""
     if is_dataclass(value):
         entries = {f.name: as_config(getattr(value, f.name)) for f in fields(value)}
         return run.Config(type(value), **entries)

@@ -35,7 +35,7 @@ def tae() -> TaeRecipe:
 
 
 def t2i() -> VideoRecipe:
-    """Text-to-image on one-frame latents: the first row of Table 3 at toy size."""
+    """Text-to-image on one-frame latents: the first row of Table 3 (s3.2) at toy size."""
     return VideoRecipe(
         name="tiny.t2i",
         cluster="cpu_2",
