@@ -97,6 +97,37 @@ def train_command(options):
     return launch(recipe, debug=options.debug)
 
 
+def encode_command(options):
+    """Write the latents and text features of a manifest's clips."""
+    from nemo_moviegen.encode import encode
+    from nemo_moviegen.tables import find_size
+    from nemo_moviegen.text_encoders import write_toy_encoders
+
+    size, _ = find_size(options.model or ("video_tiny" if options.toy_encoders else "video_30b"))
+    bucket = _bucket(options)
+    if options.toy_encoders:
+        write_toy_encoders(options.encoders, size.contexts)
+    done = encode(
+        options.manifest,
+        options.autoencoder,
+        options.encoders,
+        options.output,
+        bucket=bucket,
+        context_sizes=size.contexts,
+        batch_size=options.batch,
+        num_threads=options.threads,
+    )
+    left_out = f"; {len(done['quarantined'])} left out, see quarantine" if done["quarantined"] else ""
+    print(f"{options.output}: {done['train']} samples, {done['heldout']} held out{left_out}")
+
+
+def demo_command(options):
+    """Run the whole chain at toy size."""
+    from nemo_moviegen.demo import run_demo
+
+    run_demo(options.out, options.scale, fresh=options.fresh)
+
+
 def generate_command(options):
     """Make videos from prompts."""
     from nemo_moviegen.generate import generate
@@ -196,6 +227,26 @@ def _parser():
     )
     add("--cluster", help="where it runs: a name of recipes/clusters, as cluster=NAME")
 
+    add = command("encode", encode_command, "write the latents and text features of a manifest's clips")
+    add("--manifest", required=True, help="clip manifest, as `shapes` and `cut` write it")
+    add("--autoencoder", required=True, help="run folder of the autoencoder")
+    add("--encoders", required=True, help="folder of the text encoders")
+    add("--output", required=True, help="folder for the latents; held-out clips go to OUTPUT_heldout")
+    add("--model", help="size or recipe the features are for (video_30b; video_tiny with toy encoders)")
+    add("--toy-encoders", action="store_true", help="first write small encoders with seeded random weights")
+    add("--frames", type=int, help="frames of a clip; this and the next two default to the autoencoder's own")
+    add("--size", type=_frame_size, metavar="HxW", help="in pixels")
+    add("--fps", type=float, help="frames a second")
+    add("--batch", type=int, default=8, help="clips encoded at once (%(default)s)")
+    add("--threads", type=int, default=1, help="threads that decode (%(default)s)")
+
+    add = command("demo", demo_command, "run the whole chain at toy size, from raw video to prompted samples")
+    add("--out", default="out/demo", help="folder for everything (%(default)s)")
+    add("--scale", type=float, default=1.0, help="0.05 is a quick look (%(default)s)")
+    add(
+        "--fresh", action="store_true", help="forget what an earlier demo did; else its finished stages stand"
+    )
+
     add = command("generate", generate_command, "make videos from prompts")
     add("run_folder", help="run folder of a video model")
     add("prompts", nargs="*", help="one prompt a video")
@@ -240,6 +291,26 @@ def _say(error):
         time.sleep(3)
     where = f" (rank {rank})" if rank else ""
     print(f"moviegen: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+
+
+def _bucket(options):
+    """The autoencoder's own bucket, with what the options change."""
+    from nemo_moviegen.recipe import read_recipe
+
+    file = Path(options.autoencoder) / "recipe.yaml"
+    if not file.is_file():
+        raise ValueError(f"{options.autoencoder} is no run folder of an autoencoder: it holds no recipe.yaml")
+    bucket = getattr(read_recipe(file).data, "bucket", None)
+    if bucket is None:
+        raise ValueError(f"{options.autoencoder} is the run of a transformer: give one of an autoencoder")
+    height_px, width_px = options.size or (bucket.height_px, bucket.width_px)
+    return replace(
+        bucket,
+        num_frames=bucket.num_frames if options.frames is None else options.frames,
+        fps=bucket.fps if options.fps is None else options.fps,
+        height_px=height_px,
+        width_px=width_px,
+    )
 
 
 def _shape(text):
