@@ -19,8 +19,8 @@ import numpy as np
 from nemo_moviegen.report_charts import LABELS, METRICS_FILE, curves_svg, read_metrics, series
 from nemo_moviegen.video_files import pick_frames, read_frames, write_mp4
 
-RUNS = ("tae", "t2i", "t2iv")
-"""Run folders of a demo, in the order of the stages."""
+RUNS = {"tae": "Autoencoder", "t2i": "Text to image", "t2iv": "Text to image and video"}
+"""Run folders of a demo, in the order of the stages, and what the page calls them."""
 CHART_KEYS = ("train/l1", "train/psnr_db", "train/loss")
 PACKAGES = (
     "torch",
@@ -130,8 +130,10 @@ def charts(metrics) -> list[dict]:
             curves = {kind: curve for kind, curve in curves.items() if len(curve[1]) > 1}
             if curves:
                 label = LABELS.get(key, key)
-                svg = curves_svg(f"{run}: {key.removeprefix('train/')}", curves, label)
-                found.append({"title": f"{run}: {label} by step", "image": data_uri(svg, "image/svg+xml")})
+                svg = curves_svg(RUNS[run], curves, label)
+                found.append(
+                    {"title": f"{RUNS[run]}: {label} by step", "image": data_uri(svg, "image/svg+xml")}
+                )
     return found
 
 
@@ -249,6 +251,7 @@ def view(name, frames_THWC, fps) -> dict:
     return {
         **shown,
         "video": data_uri(mp4, "video/mp4"),
+        "image": _png(frames_THWC[len(frames_THWC) // 2]),  # where a phone saves data and does not play
         "strip": _png(strip),
         "picked": f"{picked[0] + 1} to {picked[-1] + 1}",
     }

@@ -116,7 +116,7 @@ def demo(tmp_path):
 
 def test_the_page_asks_for_nothing_outside_itself(demo):
     page = Page(write_report(demo, demo / "report.html"))
-    sources = [tag[key] for _, tag in page.tags for key in ("src", "href") if key in tag]
+    sources = [tag[key] for _, tag in page.tags for key in ("src", "href", "poster") if key in tag]
     assert sources
     assert all(source.startswith("data:") for source in sources)
     assert not page.all("script")
