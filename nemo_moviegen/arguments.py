@@ -1,0 +1,130 @@
+"""What one can type after `moviegen`: commands, their arguments, defaults and help. Imports nothing heavy."""
+
+import argparse
+
+import nemo_moviegen
+
+
+def parse(arguments=None):
+    """What was typed: options.command, and its arguments under the names below. Exits with 2 on misuse."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "settings") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:  # key=value after an option: argparse takes only one run of them
+        options.settings += rest
+    return options
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="moviegen", description="Movie Gen: from raw video to a prompted sample.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=nemo_moviegen.__version__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name, help):
+        added = commands.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+        added.set_defaults(command=name)
+        return added.add_argument
+
+    add = command("recipes", "list the recipes, or print one as YAML")
+    add("recipe", nargs="?", help="a recipe's name or YAML file: print all its settings")
+    add("settings", nargs="*", metavar="key=value", help="settings to change, as for train")
+
+    add = command("count", "count the parameters and FLOPs of a model, part by part")
+    add("name", help="a size (video_30b, video_5b, upsampler_7b, audio_13b, video_tiny) or a recipe")
+    add("--latent", type=_shape, metavar="TxHxW", help="latent of one sample; default: the largest it takes")
+    add("--text-tokens", type=int, default=256, help="real text tokens of one sample (%(default)s)")
+    add("--json", action="store_true", help="print JSON")
+
+    add = command("shapes", "render Moving Shapes: synthetic captioned clips and their manifest")
+    add("folder", help="for the video files and manifest.parquet")
+    add("--clips", type=int, default=256, help="clips to train on (%(default)s)")
+    add("--heldout", type=int, default=0, help="further clips in the split heldout (%(default)s)")
+    add("--frames", type=int, default=16, help="frames of a clip (%(default)s)")
+    add("--size", type=int, default=64, help="height and width in pixels (%(default)s)")
+    add("--fps", type=int, default=16, help="frames a second (%(default)s)")
+    add("--seed", type=int, default=0)
+
+    add = command("cut", "cut videos into clips and add them to a manifest; nothing is re-encoded")
+    add("videos", nargs="+", help="video files")
+    add("--manifest", required=True, help="Parquet manifest to write, or to add to")
+    add("--seconds", type=float, default=4.0, help="length of a clip (%(default)s)")
+    add("--caption", default="a video clip", help="caption of all clips (%(default)r)")
+    add("--split", choices=("train", "heldout"), default="train")
+    add("--images", action="store_true", help="also take the middle frame of each clip as an image")
+
+    add = command("train", "train a recipe on its cluster")
+    add("recipe", help="a recipe's name (see `moviegen recipes`) or YAML file")
+    add(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings to change, as in num_steps=10 layout.tensor=2",
+    )
+    add("--cluster", help="where it runs: a name of recipes/clusters, as cluster=NAME")
+
+    add = command("encode", "write the latents and text features of a manifest's clips")
+    add("--manifest", required=True, help="clip manifest, as `shapes` and `cut` write it")
+    add("--autoencoder", required=True, help="run folder of the autoencoder")
+    add("--encoders", required=True, help="folder of the text encoders")
+    add("--output", required=True, help="folder for the latents; held-out clips go to OUTPUT_heldout")
+    add("--model", help="size or recipe the features are for (video_30b; video_tiny with toy encoders)")
+    add("--toy-encoders", action="store_true", help="first write small encoders with seeded random weights")
+    add("--frames", type=int, help="frames of a clip; this and the next two default to the autoencoder's own")
+    add("--size", type=_frame_size, metavar="HxW", help="in pixels")
+    add("--fps", type=float, help="frames a second")
+    add("--batch", type=int, default=8, help="clips encoded at once (%(default)s)")
+    add("--threads", type=int, default=1, help="threads that decode (%(default)s)")
+
+    add = command("demo", "run the whole chain at toy size, from raw video to prompted samples")
+    add("--out", default="out/demo", help="folder for everything (%(default)s)")
+    add("--scale", type=float, default=1.0, help="0.05 is a quick look (%(default)s)")
+    add(
+        "--fresh", action="store_true", help="forget what an earlier demo did; else its finished stages stand"
+    )
+
+    add = command("generate", "make videos from prompts")
+    add("run_folder", help="run folder of a video model")
+    add("prompts", nargs="*", help="one prompt a video")
+    add("--prompts-file", help="text file with one prompt a line")
+    add("--output", required=True, help="folder for the videos")
+    add("--autoencoder", required=True, help="run folder of the autoencoder")
+    add("--encoders", required=True, help="folder of the text encoders")
+    add(
+        "--latents",
+        required=True,
+        help="folder of the latents the model was trained on: statistics, empty prompt",
+    )
+    add("--frames", type=int, default=256, help="frames of a video; 1 makes images (%(default)s)")
+    add("--size", type=_frame_size, default=(768, 768), metavar="HxW", help="in pixels (768x768)")
+    add("--fps", type=float, default=16, help="frames a second (%(default)s)")
+    add("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
+    add("--seed", type=int, default=0)
+    add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
+
+    add = command("report", "write the HTML page about a demo")
+    add("folder", nargs="?", default="out/demo", help="folder of the demo (%(default)s)")
+    add("--output", help="the page; default: report.html in the folder")
+    return parser
+
+
+def _shape(text):
+    parts = text.lower().split("x")
+    if len(parts) != 3 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no latent shape: write frames x height x width, as in 32x96x96"
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _frame_size(text):
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no frame size: write height x width in pixels, as in 64x64"
+        )
+    return tuple(int(part) for part in parts)
