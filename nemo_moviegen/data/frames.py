@@ -56,7 +56,9 @@ def nearest_frames(times_N, wanted_T) -> np.ndarray:
     """int32 [T]: index of the nearest of the sorted `times_N` to each wanted time, of two the earlier."""
     right = np.searchsorted(times_N, wanted_T).clip(max=len(times_N) - 1)
     left = np.maximum(right - 1, 0)
-    return np.where(times_N[right] - wanted_T < wanted_T - times_N[left], right, left).astype(np.int32)
+    # a microsecond decides a tie whatever the rounding of a sum of floats
+    is_right = times_N[right] - wanted_T < wanted_T - times_N[left] - 1e-6
+    return np.where(is_right, right, left).astype(np.int32)
 
 
 def _read(container, clip, row, num_frames, fps, keeps_packets):
