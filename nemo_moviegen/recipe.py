@@ -198,9 +198,10 @@ class VideoRecipe(Recipe):
                 f"{self.name}: ffn_width {self.size.ffn_width} does not split over tensor {tensor}"
             )
         for frames in {1 if self.data.image_every else self.latent_frames, self.latent_frames}:
-            self._check_tokens((frames, self.latent_height, self.latent_width))
+            self.check_tokens((frames, self.latent_height, self.latent_width))
 
-    def _check_tokens(self, latent_shape):
+    def check_tokens(self, latent_shape):
+        """ValueError where the tokens of a latent (T, H, W) do not split over the layout."""
         tokens = self.size.num_tokens(latent_shape)
         ranks = self.layout.context * (self.layout.tensor if self.layout.sequence else 1)
         if tokens % ranks:
@@ -237,11 +238,24 @@ class TaeRecipe(Recipe):
     autoencoder: AutoencoderSize = field(default_factory=AutoencoderSize)
     data: ClipData
     l1_weight: float = 1.0
+    squared_error_steps: int = 0
+    """First steps that take the squared error in place of L1: L1 from fresh weights learns the background."""
     kl_weight: float = 1e-6
     outlier_weight: float = 1e5
     """Weight of the outlier penalty (eq. 1)."""
+    outlier_from_step: int = 0
+    """First step with the penalty; the paper's ablation turns it on for the last sixth (s3.6.1)."""
     outlier_scale: float = 3.0
     """r of eq. 1: standard deviations a latent may leave the mean."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        bucket = self.data.bucket
+        if bucket.height_px % 8 or bucket.width_px % 8:
+            raise ValueError(
+                f"{self.name}: a bucket of {bucket.width_px}x{bucket.height_px} px has no whole latents: set "
+                "data.bucket.width_px and data.bucket.height_px to multiples of 8"
+            )
 
 
 def recipe_yaml(recipe) -> str:

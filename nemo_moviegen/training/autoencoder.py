@@ -1,0 +1,164 @@
+"""Training of the temporal autoencoder (Movie Gen s3.1.1): clips and images from files, one image step in four.
+
+A run folder holds recipe.yaml, last.ckpt (weights, optimiser, step), metrics.jsonl, tensorboard/ and, if
+files were bad, quarantine.jsonl. Samples, and the noise of each, are functions of (seed, sample, step), so a
+run that was killed goes on with the losses it would have had.
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from nemo_moviegen.data.clips import read_manifest, sample_id
+from nemo_moviegen.data.order import BatchOrder
+from nemo_moviegen.flow import draw_noise
+from nemo_moviegen.recipe import TaeRecipe, read_recipe, recipe_yaml
+from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
+from nemo_moviegen.tae.model import TemporalAutoencoder
+
+CHECKPOINT_FILE = "last.ckpt"
+RECIPE_FILE = "recipe.yaml"
+
+
+def train_autoencoder(recipe: TaeRecipe) -> dict | None:
+    """Train on the ranks this process was started among; returns the last step's metrics on rank 0.
+
+    Ranks come from torchrun's environment; one process trains alone. A run folder with a checkpoint goes on
+    from it. ValueError where batch, manifest or run folder do not fit, before anything is built.
+    """
+    num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if recipe.layout.model_ranks > 1:
+        raise ValueError(f"{recipe.name}: an autoencoder is not split; set layout.tensor=1 layout.context=1")
+    accumulate = recipe.num_microbatches(num_ranks)
+    checkpoint = _own_checkpoint(recipe)
+    data = TrainingClips(recipe, rank, num_ranks)
+
+    import lightning.pytorch as pl
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from nemo_moviegen.training.autoencoder_module import AutoencoderModule, RunFolder
+
+    warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that are not ours
+    torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
+    ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    trainer = pl.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        strategy=_strategy(num_ranks),
+        devices=ranks_per_node,
+        num_nodes=num_ranks // ranks_per_node,
+        precision={"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}[recipe.precision],
+        max_steps=recipe.num_steps,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=recipe.optim.clip_grad,
+        callbacks=[RunFolder(recipe, data)],
+        logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    if rank == 0:
+        Path(recipe.output).mkdir(parents=True, exist_ok=True)
+        Path(recipe.output, RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+    trainer.fit(AutoencoderModule(recipe, data.sample_ids), data, ckpt_path=checkpoint)
+    return getattr(trainer, "last_metrics", None)
+
+
+def load_autoencoder(run_folder) -> TemporalAutoencoder:
+    """The autoencoder of a run's last checkpoint, on the CPU, in eval mode; ValueError if there is none."""
+    recipe_file, checkpoint = Path(run_folder, RECIPE_FILE), Path(run_folder, CHECKPOINT_FILE)
+    if not recipe_file.is_file() or not checkpoint.is_file():
+        raise ValueError(
+            f"{run_folder} holds no trained autoencoder ({RECIPE_FILE} and {CHECKPOINT_FILE}): "
+            "train one with `moviegen train tiny.tae`, or name another run folder"
+        )
+    recipe = read_recipe(recipe_file)
+    if not isinstance(recipe, TaeRecipe):
+        raise ValueError(f"{run_folder} is a run of {recipe.name}, which is no autoencoder; name another run")
+    autoencoder = TemporalAutoencoder(recipe.autoencoder)
+    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    autoencoder.load_state_dict({name.removeprefix("autoencoder."): value for name, value in weights.items()})
+    return autoencoder.eval()
+
+
+def losses(recipe, autoencoder, video_BTCHW, sample_ids, step) -> dict:
+    """All losses of one micro-batch as scalars: loss (weighted sum), l1, squared_error, kl, outlier.
+
+    The latent is drawn from the posterior with noise keyed by (seed, sample id, step).
+    """
+    posterior = autoencoder.encode(video_BTCHW)
+    mean_BTCHW = posterior.mean_BTCHW
+    noise_BTCHW = draw_noise(mean_BTCHW.shape[1:], recipe.seed, sample_ids, [step] * len(sample_ids))
+    latent_BTCHW = posterior.sample(noise_BTCHW.to(mean_BTCHW))
+    rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1])
+    found = {
+        "l1": l1_loss(rebuilt_BTCHW, video_BTCHW),
+        "squared_error": squared_error(rebuilt_BTCHW, video_BTCHW),
+        "kl": kl_loss(*posterior),
+        "outlier": outlier_penalty(mean_BTCHW, recipe.outlier_scale),
+    }
+    reconstruction = found["squared_error"] if step < recipe.squared_error_steps else found["l1"]
+    loss = recipe.l1_weight * reconstruction + recipe.kl_weight * found["kl"]
+    if step >= recipe.outlier_from_step:
+        loss = loss + recipe.outlier_weight * found["outlier"]
+    return {"loss": loss, **found}
+
+
+class TrainingClips:
+    """Micro-batches (video_BTCHW, rows) of one rank from `first_step` on, decoded by DALI."""
+
+    def __init__(self, recipe, rank, num_ranks):
+        every_clip = read_manifest(recipe.data.manifest)
+        self.recipe, self.first_step = recipe, 0
+        self.clips = [clip for clip in every_clip if clip.split == "train"]
+        self.heldout = [clip for clip in every_clip if clip.split == "heldout" and clip.kind == "video"]
+        self.sample_ids = [sample_id(clip.clip_id) for clip in self.clips]
+        bucket = recipe.data.bucket
+        num_frames = {"video": max(2, bucket.num_frames), "image": 1}  # 1 marks an image
+        shapes = [(num_frames[clip.kind], bucket.height_px, bucket.width_px) for clip in self.clips]
+        self.order = BatchOrder(shapes, recipe.global_batch, recipe.seed, recipe.data.image_every)
+        share = recipe.global_batch // num_ranks
+        self.own = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self):
+        steps = range(self.first_step, self.recipe.num_steps)
+        rows = (row for step in steps for row in self.order.batch(step)[0][self.own])
+        return iter(self.loader(self.clips, rows, self.recipe.micro_batch))
+
+    def loader(self, clips, rows, batch_size):
+        """A `ClipLoader` over rows of `clips`, on this rank's device."""
+        from nemo_moviegen.data.dali import ClipLoader
+
+        return ClipLoader(
+            clips,
+            self.recipe.data.bucket,
+            batch_size=batch_size,
+            order=rows,
+            device_id=int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else None,
+            quarantine=Path(self.recipe.output) / "quarantine.jsonl",
+        )
+
+
+def _own_checkpoint(recipe):
+    """Path of the checkpoint to go on from, or None; ValueError where it is of another autoencoder."""
+    checkpoint = Path(recipe.output, CHECKPOINT_FILE)
+    if not checkpoint.is_file():
+        return None
+    before = read_recipe(Path(recipe.output, RECIPE_FILE))
+    if getattr(before, "autoencoder", None) != recipe.autoencoder:
+        raise ValueError(
+            f"{recipe.output} holds a run of another autoencoder, which cannot go on with this one: "
+            "set another output, or remove that folder"
+        )
+    return checkpoint
+
+
+def _strategy(num_ranks):
+    if num_ranks == 1:
+        return "auto"
+    from lightning.pytorch.strategies import DDPStrategy
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
