@@ -23,8 +23,9 @@ from nemo_moviegen.recipe import Bucket
 BUCKET = Bucket(num_frames=8, height_px=36, width_px=48, fps=16)
 
 # [-1, 1] has 255 steps of 0.0078. The same decoded frames go in on both sides, so only the table of DALI's
-# resize filter is left (H.264): small in the mean, more at hard edges. Where DALI decodes, its YUV-to-RGB differs from FFmpeg's fast path too: two
-# levels on flat parts, more where colour, stored at half resolution, is interpolated over an edge.
+# resize filter is left (H.264): small in the mean, more at hard edges. Where DALI decodes, its
+# YUV-to-RGB differs from FFmpeg's fast path too: two levels on flat parts, more where colour, stored at half
+# resolution, is interpolated over an edge.
 MEAN_RESIZE_ERROR, LARGEST_RESIZE_ERROR = 0.001, 0.1
 MEAN_DECODE_ERROR, LARGEST_DECODE_ERROR = 0.02, 0.15
 
@@ -84,13 +85,13 @@ def assert_close(video, clip, mean, largest, bucket=BUCKET):
 
 def test_real_h264_clips_equal_the_reference():
     clips = cut_clips(BIG_BUCK_BUNNY, 1.0, images=True)
-    samples, _ = load(clips)
-    assert sorted(samples) == list(range(10))
+    samples, _ = load(clips, order=[0, 3, 4])
+    assert sorted(samples) == [0, 3, 4]
     for row, video in samples.items():
         assert video.dtype == torch.float32 and video.min() >= -1 and video.max() <= 1
         assert_close(video, clips[row], MEAN_RESIZE_ERROR, LARGEST_RESIZE_ERROR)
     # the reference would notice a wrong frame: neighbouring clips are far apart
-    assert (samples[0] - reference(clips[2], BUCKET)).abs().mean() > 10 * MEAN_RESIZE_ERROR
+    assert (samples[0] - samples[4]).abs().mean() > 10 * MEAN_RESIZE_ERROR
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,9 @@ class LatentWriter:
 
     def add(self, sample):
         """Append one sample. ValueError for a repeated id, other channels, or values float16 cannot hold."""
-        latent_TCHW = np.asarray(sample.latent_TCHW, np.float16)
-        contexts = {name: np.asarray(features, np.float16) for name, features in sample.contexts.items()}
+        with np.errstate(over="ignore"):  # _check names the sample
+            latent_TCHW = np.asarray(sample.latent_TCHW, np.float16)
+            contexts = {name: np.asarray(features, np.float16) for name, features in sample.contexts.items()}
         self._check(sample, latent_TCHW, contexts)
         if self._shard is None:
             self._open_shard()
