@@ -149,8 +149,7 @@ def _check_files(subfolder, size, context_sizes):
             f"text encoder {size.name}: {missing} is missing in {subfolder}. {subfolder.parent} needs "
             f"{names}, each with config.json, *.safetensors and tokenizer files: download the model, load it "
             f"with transformers' {model_class}, call save_pretrained on it and on its tokenizer. "
-            'Toy weights: python -c "from nemo_moviegen import sizes, text_encoders as t; '
-            f't.write_toy_encoders({str(subfolder.parent)!r}, sizes.VIDEO_TINY.contexts)"'
+            "Toy weights of a tiny model: `moviegen encode --toy-encoders` writes them."
         )
 
 

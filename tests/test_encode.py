@@ -2,7 +2,6 @@
 
 import json
 import logging
-import sys
 import types
 from dataclasses import replace
 
@@ -16,47 +15,46 @@ from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.encode import encode, heldout_folder
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.recipe import AutoencoderSize, Bucket
+from nemo_moviegen.recipe import AutoencoderSize, Bucket, recipe_yaml
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
+from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE, RECIPE_FILE
+from recipes import tiny
 
 CONTEXTS = VIDEO_TINY.contexts
 BUCKET = Bucket(
     num_frames=10, height_px=32, width_px=48, fps=16
 )  # half the source's rate; the second latent is padded
+SMALL = AutoencoderSize(base_width=8, multipliers=(1, 1, 1, 1), blocks_per_level=1)
 HALF = 2e-3  # shards are float16, latents about one
 
 
 @pytest.fixture(scope="module")
 def autoencoder():
     torch.manual_seed(1)
-    size = AutoencoderSize(base_width=8, multipliers=(1, 1, 1, 1), blocks_per_level=1)
-    return TemporalAutoencoder(size).eval()
+    return TemporalAutoencoder(SMALL).eval()
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory):
-    """Manifest of 5 train clips and 2 held-out ones with an image each, and toy encoders."""
+def stage(tmp_path_factory, autoencoder):
+    """5 train clips and 2 held-out ones with an image each, an autoencoder's run folder, and toy encoders."""
     folder = tmp_path_factory.mktemp("stage")
     clips = write_moving_shapes(folder, 5, num_frames=20, fps=32, seed=1, progress=False)
     clips += write_moving_shapes(folder, 2, num_frames=20, fps=32, seed=1, split="heldout", progress=False)
     write_toy_encoders(folder / "encoders", CONTEXTS)
-    return types.SimpleNamespace(folder=folder, clips=clips, encoders=folder / "encoders")
-
-
-@pytest.fixture(autouse=True)
-def trained(monkeypatch, autoencoder):
-    """An autoencoder in place of one read from a run folder."""
-    module = types.ModuleType("nemo_moviegen.training.autoencoder")
-    module.load_autoencoder = lambda run_folder: autoencoder
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    tae = replace(tiny.tae(), autoencoder=SMALL, output=str(folder / "tae"))
+    (folder / "tae").mkdir()
+    (folder / "tae" / RECIPE_FILE).write_text(recipe_yaml(tae))
+    weights = {f"autoencoder.{name}": value for name, value in autoencoder.state_dict().items()}
+    torch.save({"state_dict": weights}, folder / "tae" / CHECKPOINT_FILE)
+    return types.SimpleNamespace(clips=clips, tae=folder / "tae", encoders=folder / "encoders")
 
 
 def run(stage, output, clips=None, **settings):
     manifest = write_manifest(output.parent / f"{output.name}.parquet", clips or stage.clips)
     settings = {"bucket": BUCKET, "context_sizes": CONTEXTS, "batch_size": 2} | settings
-    return encode(manifest, "a-run-folder", stage.encoders, output, **settings)
+    return encode(manifest, settings.pop("tae", stage.tae), stage.encoders, output, **settings)
 
 
 def raw(reader, row):
@@ -65,12 +63,9 @@ def raw(reader, row):
 
 
 @pytest.fixture(scope="module")
-def encoded(stage, autoencoder, tmp_path_factory):
+def encoded(stage, tmp_path_factory):
     output = tmp_path_factory.mktemp("encoded") / "latents"
-    with pytest.MonkeyPatch.context() as patch:
-        trained.__wrapped__(patch, autoencoder)
-        summary = run(stage, output, samples_per_shard=4)
-    return output, summary
+    return output, run(stage, output, samples_per_shard=4)
 
 
 def test_every_clip_and_image_of_the_training_split_is_encoded_once(stage, encoded):
@@ -151,19 +146,19 @@ def test_unreadable_clips_are_named_and_counted_and_the_rest_is_encoded(stage, t
     assert not (tmp_path / "latents" / "quarantine.jsonl").exists()
 
 
-def test_a_killed_run_leaves_nothing_that_reads_as_complete(stage, tmp_path, autoencoder, monkeypatch):
+def test_a_killed_run_leaves_nothing_that_reads_as_complete(stage, tmp_path, monkeypatch):
     output = tmp_path / "latents"
     run(stage, output)
     assert len(LatentReader(output)) == 10 and len(LatentReader(heldout_folder(output))) == 4
-    calls = []
+    calls, whole = [], TemporalAutoencoder.encode
 
-    def dies(video_BTCHW):
+    def dies(self, video_BTCHW):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return TemporalAutoencoder.encode(autoencoder, video_BTCHW)
+        return whole(self, video_BTCHW)
 
-    monkeypatch.setattr(autoencoder, "encode", dies)
+    monkeypatch.setattr(TemporalAutoencoder, "encode", dies)
     with pytest.raises(KeyboardInterrupt):
         run(stage, output, samples_per_shard=2)
     for folder in (output, heldout_folder(output)):
@@ -176,6 +171,7 @@ def test_a_killed_run_leaves_nothing_that_reads_as_complete(stage, tmp_path, aut
     [
         ({"bucket": replace(BUCKET, height_px=30)}, "bucket.height_px is 30"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"tae": "nowhere"}, "nowhere holds no trained autoencoder"),
         ({"context_sizes": (ContextSize(name="t5", width=64, max_tokens=8),)}, "t5: the folder is missing"),
     ],
 )

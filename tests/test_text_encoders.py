@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_moviegen.data import synthetic
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY_CAPTION
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
@@ -17,11 +19,11 @@ from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 CONTEXTS = VIDEO_TINY.contexts
 ROUNDING = 2e-5  # float32, two layers, other batch shapes
 
-COLORS = ("red", "green", "blue", "yellow", "white")
-SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = ("left", "right", "up", "down")
-SPEEDS = ("slowly", "quickly")
-BACKGROUNDS = ("black", "navy")
+COLORS = tuple(synthetic.COLORS)
+SHAPES = tuple(synthetic.SHAPES)
+DIRECTIONS = tuple(synthetic.DIRECTIONS)
+SPEEDS = tuple(synthetic.SPEEDS)
+BACKGROUNDS = tuple(synthetic.BACKGROUNDS)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,6 @@ def copy_of(folder, tmp_path):
 
 def moving_shapes():
     """All captions with their words."""
-    synthetic = pytest.importorskip("nemo_moviegen.data.synthetic")
     rows = []
     for color, shape, direction, speed, background in itertools.product(
         COLORS, SHAPES, DIRECTIONS, SPEEDS, BACKGROUNDS
@@ -120,10 +121,11 @@ def test_any_text_encodes(encoders, prompt):
         assert np.isfinite(feature).all()
 
 
-def test_moving_shapes_captions_are_whole_known_words(encoders):
+def test_captions_of_the_demo_are_whole_known_words(encoders):
+    real = f"FPS-16 {BIG_BUCK_BUNNY_CAPTION}"
     for name in ("ul2", "metaclip"):
-        for prompt, words in moving_shapes():
-            tokenizer = encoders._tokenizers[name]
+        tokenizer = encoders._tokenizers[name]
+        for prompt, words in [*moving_shapes(), (real, BIG_BUCK_BUNNY_CAPTION.split())]:
             tokens = tokenizer.convert_ids_to_tokens(tokenizer(prompt)["input_ids"])
             assert set(words) <= set(tokens) and "<unk>" not in tokens
             assert len(tokens) <= 24
@@ -260,7 +262,7 @@ def test_a_missing_or_damaged_file_is_named(folder, tmp_path, damage, match):
 
 
 def test_missing_weights_are_told_how_to_get(tmp_path):
-    with pytest.raises(ValueError, match=r"ul2/ \(64 wide\).*save_pretrained.*write_toy_encoders"):
+    with pytest.raises(ValueError, match=r"ul2/ \(64 wide\).*save_pretrained.*--toy-encoders"):
         TextEncoders.load(tmp_path / "nowhere", CONTEXTS)
 
 
