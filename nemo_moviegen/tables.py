@@ -14,21 +14,25 @@ def find_recipe(name):
 
 
 def find_size(name):
-    """(size, its largest latent) for the name of a size, or of a recipe that trains a transformer."""
+    """(size, latent to count) for the name of a size, or of a recipe that trains a transformer.
+
+    The latent is the recipe's; for a size the largest of its recipes, else what its position tables take.
+    """
+    built = {recipe.name: recipe for recipe in map(recipes.get, recipes.RECIPES)}
+    latents = {n: _latent(recipe) for n, recipe in built.items() if not isinstance(recipe, TaeRecipe)}
     if name in SIZES:
         size = SIZES[name]
-        return size, (
-            size.max_frames * size.patch_frames,
-            size.max_height * size.patch_height,
-            size.max_width * size.patch_width,
-        )
-    known = [*SIZES, *(n for n, recipe in recipes.RECIPES.items() if not isinstance(recipe(), TaeRecipe))]
+        tables = (size.max_frames, size.max_height, size.max_width)
+        patch = (size.patch_frames, size.patch_height, size.patch_width)
+        of_recipes = [latent for n, latent in latents.items() if built[n].size.name == name]
+        return size, max(of_recipes, default=tuple(a * b for a, b in zip(tables, patch, strict=True)))
+    known = [*SIZES, *latents]
     if name not in recipes.RECIPES and not name.endswith((".yaml", ".yml")):
         raise ValueError(f"no transformer size and no recipe of one is called {name!r}{nearest(name, known)}")
     recipe = find_recipe(name)
     if isinstance(recipe, TaeRecipe):
         raise ValueError(f"{name} trains an autoencoder; count knows transformers: {', '.join(known)}")
-    return recipe.size, (recipe.latent_frames, recipe.latent_height, recipe.latent_width)
+    return recipe.size, _latent(recipe)
 
 
 def recipes_table():
@@ -97,6 +101,10 @@ def show(table):
 
     console = Console()
     (console if console.is_terminal else Console(width=160)).print(table)
+
+
+def _latent(recipe):
+    return recipe.latent_frames, recipe.latent_height, recipe.latent_width
 
 
 def _table(*columns):
