@@ -128,6 +128,14 @@ def test_random_numbers_change_with_each_part_of_the_key(changed):
     assert not torch.equal(first, torch.rand(4, generator=flow.sample_generator(**key | changed)))
 
 
+def test_the_time_of_a_sample_says_nothing_about_its_noise():
+    t = flow.draw_time(0, range(2000), [0] * 2000, torch.float64)
+    noise = flow.draw_noise((1, 1, 1, 2), 0, range(2000), [0] * 2000, torch.float64).flatten(1)
+    for first in noise.T:
+        correlation = torch.corrcoef(torch.stack([t.logit(), first]))[0, 1]
+        assert abs(correlation) < 0.1  # 2,000 draws: 4.5 standard errors
+
+
 def test_keys_do_not_run_into_each_other():
     first, second = flow.sample_generator(1, 11, 1, "noise"), flow.sample_generator(11, 1, 1, "noise")
     assert first.initial_seed() != second.initial_seed()
