@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import numpy as np
@@ -232,6 +233,24 @@ def test_a_bad_file_is_named_quarantined_counted_and_replaced(tmp_path, caplog, 
     assert "clip1.mp4" in entry["reason"] and "clip1.mp4" in caplog.text
 
 
+def test_a_substitute_keeps_every_other_sample_in_its_batch(tmp_path):
+    clips = [whole(a_video(tmp_path / f"clip{n}.mp4", seed=n)) for n in range(4)]
+    clips.append(image_of(clips[0], 0.5, ""))
+    spoil("empty", tmp_path / "clip1.mp4")
+    spoil("corrupt", tmp_path / "clip2.mp4")
+    order = [0, 1, 2, 3, 4, 4, 1, 0, 3, 2]
+    batches = list(ClipLoader(clips, BUCKET, batch_size=2, order=order, substitute=True))
+    assert [rows for _, rows in batches] == [[0, 3], [3, 3], [4, 4], [3, 0], [3, 3]]
+    assert torch.equal(batches[0][0][1], batches[4][0][0])
+    # a loader that starts later, as after a resume, goes on with the same batches
+    resumed = list(ClipLoader(clips, BUCKET, batch_size=2, order=order[6:], substitute=True))
+    assert [rows for _, rows in resumed] == [[3, 0], [3, 3]]
+    spoil("empty", tmp_path / "clip0.mp4")
+    spoil("empty", tmp_path / "clip3.mp4")
+    with pytest.raises(ValueError, match="no readable video is left: all 4 tried are bad"):
+        list(ClipLoader(clips, BUCKET, batch_size=2, order=order, substitute=True))
+
+
 def test_a_truncated_webm_and_a_truncated_h264_are_found(tmp_path):
     clips = [
         whole(a_video(tmp_path / "a.webm", size_px=160)),
@@ -240,14 +259,24 @@ def test_a_truncated_webm_and_a_truncated_h264_are_found(tmp_path):
     ]
     for clip in clips[:2]:
         with open(clip.path, "rb+") as file:
-            file.truncate(int(probe_size(clip.path) * 0.3))
+            file.truncate(int(Path(clip.path).stat().st_size * 0.3))
     samples, loader = load(clips, replace(BUCKET, num_frames=16))
     assert sorted(samples) == [2] and loader.quarantined == 2
 
 
-def probe_size(path):
-    with open(path, "rb") as file:
-        return file.seek(0, 2)
+def test_a_damaged_h264_clip_is_found_or_shows_its_true_frames(tmp_path):
+    path = a_video(tmp_path / "a.mp4", codec="libx264")
+    (whole_frames,) = load([whole(path)])[0].values()
+    data = path.read_bytes()
+    found = 0
+    # x264's packets start with some 700 bytes of text about its settings
+    for number, start in enumerate(range(data.index(b"mdat") + 700, data.index(b"moov") - 60, 100)):
+        damaged = tmp_path / f"damaged{number}.mp4"
+        damaged.write_bytes(data[:start] + b"\x5a" * 60 + data[start + 60 :])
+        samples, loader = load([whole(damaged)])
+        found += loader.quarantined
+        assert all(torch.equal(video, whole_frames) for video in samples.values())
+    assert found >= 5
 
 
 def test_training_on_nothing_but_bad_files_ends_with_an_error(tmp_path):

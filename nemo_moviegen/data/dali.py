@@ -35,16 +35,31 @@ class ClipLoader:
     kind its first row has. The last batch of a finite order may be smaller.
 
     A file that cannot be used is logged by name, appended to the file `quarantine` (JSON lines: clip_id,
-    path, reason), counted in `quarantined`, not tried again, and its place in the batch goes to the next row
-    of its kind. ValueError where nothing readable is left. Two batches wait decoded, no more.
+    path, reason), counted in `quarantined` and not tried again. Its place in the batch goes to the next row
+    of its kind in the order: every usable row comes as often as ordered. With `substitute` it goes to the
+    next usable clip of its kind in `clips` instead, whatever was read before: batches stay those of the
+    order, on every rank and after a resume. ValueError where nothing readable is left.
+
+    A thread of its own decodes ahead; two batches wait, no more.
     """
 
-    def __init__(self, clips, bucket, *, batch_size, order, device_id=None, num_threads=1, quarantine=None):
+    def __init__(
+        self,
+        clips,
+        bucket,
+        *,
+        batch_size,
+        order,
+        device_id=None,
+        num_threads=1,
+        quarantine=None,
+        substitute=False,
+    ):
         if batch_size < 1 or num_threads < 1:
             raise ValueError(f"batch_size {batch_size} and num_threads {num_threads} count from 1")
         self.clips, self.bucket, self.order = clips, bucket, order
         self.batch_size, self.device_id, self.num_threads = batch_size, device_id, num_threads
-        self.quarantine = quarantine
+        self.quarantine, self.substitute = quarantine, substitute
         self.bad_rows = set()
         self._pipelines = {}
 
@@ -79,22 +94,37 @@ class ClipLoader:
             ready.put(error)
 
     def _next_batch(self, rows, readers):
-        """The next batch, refilled until it is whole or its kind has run out; None at the end."""
-        kind = rows.next_kind()
-        videos, taken = [], []
-        while kind and len(taken) < self.batch_size:
-            candidates = self._take(rows, kind, self.batch_size - len(taken))
-            if not candidates:
-                if taken:
-                    break
-                kind = rows.next_kind()
-                continue
-            samples = [s for s in readers.map(self._read, candidates) if s is not None]
-            video, kept = self._decode(kind, samples) if samples else (None, [])
-            if kept:
-                videos.append(video)
-                taken += kept
-        return (torch.cat(videos), taken) if taken else None
+        """Frames and rows of the next batch; None at the end."""
+        while kind := rows.next_kind():
+            fill = self._with_substitutes if self.substitute else self._with_next_rows
+            if taken := fill(kind, rows, readers):
+                return torch.stack([video_TCHW for video_TCHW, _ in taken]), [row for _, row in taken]
+        return None
+
+    def _with_next_rows(self, kind, rows, readers):
+        """[(frames, row)] of a batch, refilled until it is whole or its kind has run out."""
+        taken = []
+        while wanted := self._take(rows, kind, self.batch_size - len(taken)):
+            frames = self._load(kind, wanted, readers)
+            taken += [(frames[row], row) for row in wanted if row in frames]
+        return taken
+
+    def _with_substitutes(self, kind, rows, readers):
+        """[(frames, row)] of a batch, every place filled."""
+        places = [row for _ in range(self.batch_size) if (row := rows.next_of(kind)) is not None]
+        frames = {}
+        while missing := [row for row in map(self._usable, places) if row not in frames]:
+            frames |= self._load(kind, missing, readers)
+        return [(frames[row], row) for row in map(self._usable, places)]
+
+    def _usable(self, row):
+        """The row, or the next of its kind not known to be bad."""
+        kind = self.clips[row].kind
+        for candidate in range(row, row + len(self.clips)):
+            candidate %= len(self.clips)
+            if candidate not in self.bad_rows and self.clips[candidate].kind == kind:
+                return candidate
+        raise self._nothing_left(kind)
 
     def _take(self, rows, kind, count):
         """Up to `count` rows of this kind that are not known to be bad."""
@@ -103,9 +133,18 @@ class ClipLoader:
             if row not in self.bad_rows:
                 found.append(row)
             elif (skipped := skipped + 1) > 2 * len(self.clips):
-                where = f"; see {self.quarantine}" if self.quarantine else ""
-                raise ValueError(f"no readable {kind} is left: all {self.quarantined} tried are bad{where}")
+                raise self._nothing_left(kind)
         return found
+
+    def _nothing_left(self, kind):
+        where = f"; see {self.quarantine}" if self.quarantine else ""
+        return ValueError(f"no readable {kind} is left: all {self.quarantined} tried are bad{where}")
+
+    def _load(self, kind, rows, readers):
+        """Frames [T, C, H, W] by row, of the rows that are usable."""
+        samples = [sample for sample in readers.map(self._read, dict.fromkeys(rows)) if sample is not None]
+        video_BTCHW, kept = self._decode(kind, samples) if samples else ((), [])
+        return dict(zip(kept, video_BTCHW, strict=True))
 
     def _read(self, row):
         try:
@@ -128,10 +167,10 @@ class ClipLoader:
             if len(samples) > 1:
                 parts = [self._decode(kind, [sample]) for sample in samples]
                 videos = [video for video, kept in parts if kept]
-                return (torch.cat(videos) if videos else None), [row for _, kept in parts for row in kept]
+                return (torch.cat(videos) if videos else ()), [row for _, kept in parts for row in kept]
             clip = self.clips[samples[0].row]
             self._reject(samples[0].row, f"clip {clip.clip_id}: {clip.path}: corrupt: {_dali_reason(error)}")
-            return None, []
+            return (), []
 
     def _run(self, kind, samples):
         if kind not in self._pipelines:

@@ -145,6 +145,8 @@ def _decode(stream, packets, pts_T):
     wanted, found = set(pts_T.tolist()), {}
     for packet in [*packets, None]:
         for frame in stream.codec_context.decode(packet):
+            if frame.is_corrupt:  # FFmpeg paints over what it cannot decode, and later frames copy from it
+                raise ValueError("corrupt: a frame of the clip is damaged")
             if frame.pts in wanted:
                 found[frame.pts] = frame.to_ndarray(format="rgb24")
         if len(found) == len(wanted):

@@ -138,6 +138,7 @@ class TrainingClips:
             order=rows,
             device_id=int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else None,
             quarantine=Path(self.recipe.output) / "quarantine.jsonl",
+            substitute=True,  # a bad file must not shift the batches of later steps
         )
 
 
