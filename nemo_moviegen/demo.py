@@ -95,7 +95,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     return [
         _stage("clips", (shapes, cut), clips),
         _stage("autoencoder", (tae_train,), out / "tae", resumes=True),
-        _stage("latents", (encode,), latents, heldout_folder(latents)),
+        _stage("latents", (encode,), encoders, latents, heldout_folder(latents)),
         _stage("images", (t2i_train,), out / "t2i", resumes=True),
         _stage("images and video", (t2iv_train,), out / "t2iv", resumes=True),
         _stage("generate", (generate,), out / "generated"),

@@ -1,10 +1,12 @@
 """Sampling: from prompts to files, with guidance, keyed noise and errors before any work."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_on_ranks
 
 from nemo_moviegen import flow
 from nemo_moviegen.generate import (
@@ -13,6 +15,7 @@ from nemo_moviegen.generate import (
     check_prompts,
     check_writable,
     decode,
+    generate,
     latent_size,
     pad_contexts,
     sample_latents,
@@ -196,3 +199,117 @@ def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(ValueError, match="cannot write to"):
         check_writable(tmp_path / "taken")
+
+
+PROMPTS = ["a red circle moves left slowly", "a blue square", 'a sign reads "hello"']
+RECIPE = replace(tiny.t2iv(), size=replace(VIDEO_TINY, num_layers=1))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """What `generate` reads: a run and an autoencoder (recipes only), text encoders and latents."""
+    from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
+    from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
+
+    found = {name: tmp_path_factory.mktemp(name) for name in ("run", "tae", "encoders", "latents")}
+    write_recipe(found["run"], RECIPE)
+    write_recipe(found["tae"], tiny.tae())
+    write_toy_encoders(found["encoders"], RECIPE.size.contexts)
+    empty = TextEncoders.load(found["encoders"], RECIPE.size.contexts).encode([""])[0]
+    latent = 2 * np.random.default_rng(0).standard_normal((2, 16, 8, 8)) + 1
+    sample = LatentSample(sample_id=1, clip_id="a", caption="a", fps=16, latent_TCHW=latent, contexts=empty)
+    with LatentWriter(found["latents"]) as writer:
+        write_empty_prompt(found["latents"], empty)
+        writer.add(sample)
+    return found
+
+
+def make(folders, output, prompts, **changed):
+    """(frames of each sample, settings) of a small `generate` on those folders."""
+    settings = {"num_frames": 11, "height_px": 32, "width_px": 48, "fps": 16, "num_steps": 4, **changed}
+    files = generate(
+        settings.pop("run", folders["run"]),
+        prompts,
+        output,
+        autoencoder_folder=folders["tae"],
+        encoders_folder=settings.pop("encoders", folders["encoders"]),
+        latents_folder=folders["latents"],
+        **settings,
+    )
+    written = json.loads((output / "settings.json").read_text())
+    names = [sample["file"] for sample in written["samples"]]
+    assert [file.name for file in files] == [*names, "contact_sheet.png", "settings.json"]
+    return [read_frames(output / name).astype(int) for name in names], written
+
+
+def make_on_rank(folders, output):
+    """In a process of its own, for it patches torch and joins groups: samples of untrained real models."""
+    import nemo_moviegen.training.autoencoder
+    import nemo_moviegen.training.checkpoint
+    from nemo_moviegen.recipe import AutoencoderSize, Layout
+    from nemo_moviegen.tae.model import TemporalAutoencoder
+    from nemo_moviegen.training.cpu import stand_in_for_cuda
+
+    stand_in_for_cuda()
+    nemo_moviegen.training.checkpoint.join_one_process_groups()
+    from nemo_moviegen.video.model import VideoTransformer, video_config
+
+    torch.manual_seed(0)
+    model = VideoTransformer(video_config(RECIPE.size, Layout(), "fp32")).eval()
+    for weight in (model.head.weight, model.modulation.linear.weight):
+        torch.nn.init.normal_(weight, std=0.05)  # both start at zero, and every prompt would look the same
+    size = AutoencoderSize(base_width=8, multipliers=(1, 1, 2, 2), blocks_per_level=1)
+    autoencoder = TemporalAutoencoder(size).eval()
+    nemo_moviegen.training.checkpoint.load_video_model = lambda folder: (model, RECIPE)
+    nemo_moviegen.training.autoencoder.load_autoencoder = lambda folder: autoencoder
+    image = {"num_frames": 1}
+    return {
+        "all": make(folders, output, PROMPTS, batch_size=2),
+        "first": make(folders, output, PROMPTS[:1], batch_size=1),
+        "weak": make(folders, output, PROMPTS[:1], guidance_scale=1.0, **image),
+        "strong": make(folders, output, PROMPTS[:1], guidance_scale=8.0, **image),
+        "empty": make(folders, output, PROMPTS[:1], guidance_scale=0.0, **image),
+        "empty other": make(folders, output, PROMPTS[1:2], guidance_scale=0.0, **image),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(folders, tmp_path_factory):
+    """Samples by what they were asked for."""
+    return run_on_ranks(make_on_rank, folders, tmp_path_factory.mktemp("out"), world_size=1)[0]
+
+
+def test_prompts_become_videos_through_the_real_models(made):
+    videos, settings = made["all"]
+    assert [sample["prompt"] for sample in settings["samples"]] == PROMPTS
+    assert [video.shape for video in videos] == [(11, 32, 48, 3)] * 3
+    assert settings["guidance_scale"] == RECIPE.guidance_scale
+    assert abs(videos[0] - videos[1]).mean() > 1
+    (alone,), _ = made["first"]
+    assert abs(alone - videos[0]).max() <= 2, "a sample does not depend on its batch"
+
+
+def test_the_prompt_changes_the_image_and_guidance_strengthens_it(made):
+    empty, other, weak, strong = (made[name][0][0] for name in ("empty", "empty other", "weak", "strong"))
+    assert abs(strong - empty).mean() > abs(weak - empty).mean() > 0
+    assert abs(other - empty).max() == 0, "without guidance the prompt plays no part"
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(folders, monkeypatch, tmp_path):
+    def loaded(folder):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("nemo_moviegen.training.checkpoint.load_video_model", loaded)
+    monkeypatch.setattr("nemo_moviegen.training.autoencoder.load_autoencoder", loaded)
+    for words, changed in {
+        "run folder .*nowhere does not exist": {"run": tmp_path / "nowhere"},
+        "text encoder folder .*nothing": {"encoders": tmp_path / "nothing"},
+        "width_px is 40": {"width_px": 40},
+        "latent height 64 needs 32 positions": {"height_px": 512},
+        "fps is 0": {"fps": 0},
+        "batch_size is 0": {"batch_size": 0},
+        "0 steps cannot emulate": {"num_steps": 0},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            make(folders, tmp_path / "out", PROMPTS, **changed)
+    assert not (tmp_path / "out").exists()
