@@ -21,7 +21,14 @@ def stand_in_for_cuda():
     _patch_streams()
     _patch_random_state()
     _patch_adam()
-    _patch_nemo_checkpoint_load()
+
+
+def stand_in_for_cuda_in_nemo():
+    """The same for NeMo, once it is imported."""
+    if getattr(torch.cuda, "moviegen_stand_in", False):
+        import nemo.lightning.io.pl as nemo_io
+
+        nemo_io._fix_tensors_device = lambda checkpoint: checkpoint  # asserts an initialised CUDA
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -115,15 +122,12 @@ def _patch_random_state():
 
 def _patch_adam():
     import megatron.core.optimizer as megatron_optimizer
+    import megatron.core.optimizer.distrib_optimizer as sharded_optimizer
 
-    megatron_optimizer.Adam = GroupStepAdamW
-
-
-def _patch_nemo_checkpoint_load():
-    with contextlib.suppress(ImportError):  # sampling needs no NeMo
-        import nemo.lightning.io.pl as nemo_io
-
-        nemo_io._fix_tensors_device = lambda checkpoint: checkpoint  # asserts an initialised CUDA
+    # GroupStepAdamW keeps its state as Apex's Adam does, so both files take the way they take with Apex
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    sharded_optimizer.HAVE_APEX_OR_TE = sharded_optimizer.USING_APEX_OPTIMIZER = True
+    megatron_optimizer.Adam = sharded_optimizer.Adam = GroupStepAdamW
 
 
 def _cpu(value):

@@ -1,0 +1,80 @@
+"""Run folders: recipe.yaml, checkpoints/step=N (megatron's sharded format, any layout reads it), metrics.
+
+A checkpoint counts once NeMo has removed its unfinished marker, so a run killed inside a write falls back to the
+checkpoint before.
+"""
+
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from nemo_moviegen.recipe import Layout, VideoRecipe, read_recipe
+
+RECIPE_FILE = "recipe.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def last_checkpoint(run_folder):
+    """Folder of the newest finished checkpoint of a run, or None."""
+    found = {}
+    for folder in Path(run_folder, CHECKPOINTS).glob("step=*"):
+        name, _, number = folder.name.partition("=")
+        finished = not folder.with_name(folder.name + "-unfinished").exists()
+        if folder.is_dir() and number.isdigit() and finished and (folder / "weights" / "metadata.json").is_file():
+            found[int(number)] = folder
+    return found[max(found)] if found else None
+
+
+def load_video_model(run_folder):
+    """(VideoTransformer in eval mode on this process, its VideoRecipe) from the newest checkpoint of a run.
+
+    The weights may have been trained in any layout; one process holds them whole, in fp32 or the recipe's precision on
+    a GPU. ValueError where the folder holds no finished run of a video recipe.
+    """
+    recipe_file = Path(run_folder, RECIPE_FILE)
+    if not recipe_file.is_file():
+        raise ValueError(f"{run_folder} is no run folder: it holds no {RECIPE_FILE}; train one with `moviegen train`")
+    recipe = read_recipe(recipe_file)
+    if not isinstance(recipe, VideoRecipe):
+        raise ValueError(f"{run_folder} holds a run of {recipe.name}, which is no video transformer")
+    folder = last_checkpoint(run_folder)
+    if folder is None:
+        raise ValueError(f"{run_folder} holds no finished checkpoint yet; train it with `moviegen train {recipe.name}`")
+    from nemo_moviegen.training.cpu import stand_in_for_cuda
+
+    on_gpu = torch.cuda.is_available()
+    stand_in_for_cuda()
+    from megatron.core import dist_checkpointing
+
+    from nemo_moviegen.video.model import VideoTransformer, video_config
+
+    join_one_process_groups()
+    precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
+    model = VideoTransformer(video_config(recipe.size, Layout(), precision))
+    if on_gpu:
+        model.cuda()
+    tensors = {f"module.{name}": value for name, value in model.sharded_state_dict(prefix="module.").items()}
+    loaded = dist_checkpointing.load(tensors, str(folder / "weights"))
+    model.load_state_dict({name.removeprefix("module.module."): value for name, value in loaded.items()})
+    return model.eval(), replace(recipe, layout=Layout())
+
+
+def join_one_process_groups():
+    """Megatron's process groups for this process alone, unless there are groups already."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        store = tempfile.mkdtemp()
+        torch.distributed.init_process_group(
+            "nccl" if torch.cuda.is_available() else "gloo",
+            init_method=f"file://{store}/store",
+            rank=0,
+            world_size=1,
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(0)

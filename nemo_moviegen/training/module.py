@@ -1,0 +1,123 @@
+"""Flow matching as NeMo Lightning wants it: model, optimiser, one forward step, one loss reduction (s3.1.2)."""
+
+import math
+import time
+
+import lightning.pytorch as pl
+import torch
+from megatron.core.optimizer import OptimizerConfig
+from nemo.lightning.megatron_parallel import MegatronLossReduction
+from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
+
+from nemo_moviegen.training.step import mean_loss, noisy_pair, token_loss
+from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
+
+
+class FlowMatchingModule(pl.LightningModule):
+    """A `VideoRecipe` as a Lightning module; `module` is the transformer once megatron's groups exist."""
+
+    def __init__(self, recipe, *, uses_transformer_engine):
+        super().__init__()
+        self.recipe = recipe
+        self.config = video_config(
+            recipe.size, recipe.layout, recipe.precision, uses_transformer_engine=uses_transformer_engine
+        )
+        # bf16 rounds neither the latents nor the target: the loss is taken in fp32
+        self.data_dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.optim = MegatronOptimizerModule(
+            config=optimizer_config(recipe),
+            lr_scheduler=LearningRate(recipe.optim, recipe.num_steps),
+            no_weight_decay_cond=_is_not_a_matrix,
+        )
+        self.optim.connect(self)
+        self.data_seconds = 0.0
+
+    def configure_model(self):
+        if not hasattr(self, "module"):
+            self.module = VideoTransformer(self.config)
+
+    def data_step(self, dataloader_iter):
+        """The next micro-batch on this rank's device."""
+        started = time.perf_counter()
+        batch, *_ = next(dataloader_iter)
+        self.data_seconds += time.perf_counter() - started
+        return batch.to(torch.cuda.current_device(), self.data_dtype)
+
+    def forward_step(self, batch):
+        """(velocity tokens of this rank, whole velocity target) of one micro-batch."""
+        x_BTCHW, target_BTCHW, t_B = noisy_pair(batch, self.recipe.seed)
+        return self.module(x_BTCHW, t_B, batch.contexts, batch.masks), target_BTCHW
+
+    def training_step(self, batch, batch_idx=None):
+        return self.forward_step(batch)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @property
+    def training_loss_reduction(self):
+        return FlowMatchingLoss(self.config)
+
+    validation_loss_reduction = training_loss_reduction
+
+
+class FlowMatchingLoss(MegatronLossReduction):
+    """Squared error of the velocity, averaged over the real tokens of all ranks and micro-batches."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, batch, outputs):
+        velocity_SBX, target_BTCHW = outputs
+        loss = token_loss(velocity_SBX, target_BTCHW, self.config)
+        return loss.loss_sum, loss.num_tokens, loss.sums
+
+    def reduce(self, losses_reduced_per_micro_batch):
+        return mean_loss(losses_reduced_per_micro_batch, self.config)
+
+
+def optimizer_config(recipe) -> OptimizerConfig:
+    """Megatron's AdamW: fp32 main weights and moments beside bf16 weights."""
+    optim = recipe.optim
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        adam_beta1=optim.beta1,
+        adam_beta2=optim.beta2,
+        adam_eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip_grad=optim.clip_grad,
+        bf16=recipe.precision == "bf16",
+        params_dtype=DTYPES[recipe.precision],
+        use_distributed_optimizer=recipe.layout.distributed_optimizer,
+    )
+
+
+class LearningRate(LRSchedulerModule):
+    """`learning_rate_factor` as NeMo's scheduler."""
+
+    def __init__(self, optim, num_steps):
+        super().__init__()
+        self.optim, self.num_steps = optim, num_steps
+
+    def scheduler(self, model, optimizer):
+        factor = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: learning_rate_factor(step, self.optim, self.num_steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+
+
+def learning_rate_factor(step, optim, num_steps) -> float:
+    """Share of the peak learning rate at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.decay == "constant":
+        return 1.0
+    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def _is_not_a_matrix(name, parameter):
+    """Norms, biases and position tables take no weight decay."""
+    return parameter.dim() < 2 or "positions" in name or "modulation_bias" in name
