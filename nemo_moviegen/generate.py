@@ -142,7 +142,7 @@ def sample_prompts(
                 pad_contexts([empty_prompt] * len(rows), context_sizes, device),
                 schedule=schedule,
                 guidance_scale=guidance_scale,
-                progress=lambda intervals: progress.track(intervals, task_id=task),
+                progress=lambda intervals: _counted(intervals, lambda: progress.advance(task)),
             )
             latents.append(latent_BTCHW.cpu())
     return torch.cat(latents)
@@ -275,6 +275,12 @@ def check_writable(output):
         raise ValueError(
             f"cannot write to {output} ({error.strerror}); choose another output folder"
         ) from None
+
+
+def _counted(items, advance):
+    for item in items:
+        yield item
+        advance()
 
 
 def _slug(prompt):

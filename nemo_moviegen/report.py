@@ -3,25 +3,22 @@
 Everything is inlined, so the file can be mailed. A part whose files are missing is left out.
 """
 
-import base64
 import json
 import os
 import platform
 import statistics
-import tempfile
 from collections import Counter
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-
 from nemo_moviegen.report_charts import LABELS, METRICS_FILE, curves_svg, read_metrics, series
-from nemo_moviegen.video_files import pick_frames, read_frames, write_mp4
+from nemo_moviegen.report_samples import data_uri, samples_part
 
 RUNS = {"tae": "Autoencoder", "t2i": "Text to image", "t2iv": "Text to image and video"}
 """Run folders of a demo, in the order of the stages, and what the page calls them."""
-CHART_KEYS = ("train/l1", "train/psnr_db", "train/loss")
+CHARTS = {"tae": ("l1", "psnr_db"), "t2i": ("loss",), "t2iv": ("loss",)}
+"""What is drawn of each run: keys logged as train/KEY, and heldout/KEY where held-out clips are measured."""
 PACKAGES = (
     "torch",
     "megatron-core",
@@ -31,7 +28,6 @@ PACKAGES = (
     "transformers",
     "av",
 )
-NUM_STRIP_FRAMES = 8
 
 
 def write_report(demo_folder, output_html) -> Path:
@@ -73,11 +69,6 @@ def write_report(demo_folder, output_html) -> Path:
     return output_html
 
 
-def data_uri(content: bytes, kind) -> str:
-    """`content` as a data: address of MIME type `kind`."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def read_stages(demo) -> dict:
     """stages.json of the demo, {"stages": []} where there is none."""
     path = demo / "stages.json"
@@ -91,15 +82,16 @@ def facts(stages, metrics) -> list[tuple[str, str]]:
     if done:
         found.append(("all stages", _duration(sum(stage["seconds"] for stage in done))))
         found.append(("peak memory", _gib(max(stage["peak_bytes"] for stage in done))))
-    for run, key, name in (
-        ("tae", "train/psnr_db", "autoencoder PSNR"),
-        ("t2iv", "speed/step_seconds", "video step time"),
-        ("t2iv", "speed/tokens_per_second", "video tokens/s"),
+    tae, video = metrics.get("tae", []), metrics.get("t2iv", [])
+    psnr = series(tae, "heldout/psnr_db")[1] or series(tae, "train/psnr_db")[1]
+    if psnr:
+        found.append(("autoencoder PSNR", f"{psnr[-1]:.1f} dB"))
+    for key, unit, name in (
+        ("speed/step_seconds", "s", "step of the video model"),
+        ("speed/tokens_per_second", "tokens/s", "video model, all ranks"),
     ):
-        values = series(metrics.get(run, []), key)[1]
-        if values:
-            value = statistics.fmean(values[-5:]) if key.startswith("train/") else statistics.median(values)
-            found.append((name, _value(key, value)))
+        if typical := _typical(video, key, unit):
+            found.append((name, typical))
     return found
 
 
@@ -123,17 +115,19 @@ def charts(metrics) -> list[dict]:
     """Curves of every run; images and clips apart where a run has both, for their losses differ."""
     found = []
     for run, rows in metrics.items():
-        kinds = {"clips": [r for r in rows if not r.get("train/is_image")]}
-        kinds["images"] = [r for r in rows if r.get("train/is_image")]
-        for key in CHART_KEYS:
-            curves = {kind: series(part, key) for kind, part in kinds.items()}
-            curves = {kind: curve for kind, curve in curves.items() if len(curve[1]) > 1}
+        clips = [row for row in rows if not row.get("train/is_image")]
+        images = [row for row in rows if row.get("train/is_image")]
+        for key in CHARTS[run]:
+            curves = {
+                "clips": series(clips, f"train/{key}"),
+                "images": series(images, f"train/{key}"),
+                "held out": series(rows, f"heldout/{key}"),
+            }
+            curves = {name: curve for name, curve in curves.items() if curve[0]}
             if curves:
-                label = LABELS.get(key, key)
-                svg = curves_svg(RUNS[run], curves, label)
-                found.append(
-                    {"title": f"{RUNS[run]}: {label} by step", "image": data_uri(svg, "image/svg+xml")}
-                )
+                svg = curves_svg(RUNS[run], curves, LABELS[key])
+                title = f"{RUNS[run]}: {LABELS[key]} by step"
+                found.append({"title": title, "image": data_uri(svg, "image/svg+xml")})
     return found
 
 
@@ -142,18 +136,22 @@ def run_row(run, rows, recipe_path) -> dict:
     import yaml
 
     recipe = yaml.safe_load(recipe_path.read_text()) if recipe_path.is_file() else {}
-    speeds = {}
-    for name, key in (("step_time", "speed/step_seconds"), ("tokens", "speed/tokens_per_second")):
-        values = series(rows, key)[1]
-        speeds[name] = _value(key, statistics.median(values)) if values else "-"
-    last = [f"{key.removeprefix('train/')} {_number(rows[-1][key])}" for key in CHART_KEYS if key in rows[-1]]
+    optim = recipe.get("optim", {})
+    keys = [f"{part}/{key}" for key in CHARTS[run] for part in ("train", "heldout")]
     return {
         "name": recipe.get("name", run),
         "steps": max(row["step"] for row in rows),
         "batch": recipe.get("global_batch", "-"),
-        "learning_rate": f"{recipe['optim']['learning_rate']:g}" if recipe else "-",
-        "last": ", ".join(last),
-        **speeds,
+        "learning_rate": f"{optim['learning_rate']:g}" if optim else "-",
+        "step_time": _typical(rows, "speed/step_seconds", "s") or "-",
+        "throughput": _typical(rows, "speed/tokens_per_second", "tokens/s")
+        or _typical(rows, "speed/frames_per_second", "frames/s")
+        or "-",
+        "last": ", ".join(
+            f"{key.removeprefix('train/').replace('/', ' ')} {_number(values[-1])}"
+            for key in keys
+            if (values := series(rows, key)[1])
+        ),
     }
 
 
@@ -192,103 +190,6 @@ def quarantined_files(demo) -> list[str]:
     return [f"{path}: {reason}" for path, reason in reasons.items()]
 
 
-def samples_part(demo) -> dict:
-    """Generated videos beside the real and the reconstructed clip of the same caption, where there is one."""
-    path = demo / "generated" / "settings.json"
-    if not path.is_file():
-        return {"samples": [], "sampling": ""}
-    settings = json.loads(path.read_text())
-    prompts = [sample["prompt"] for sample in settings["samples"]]
-    clips = captioned_clips(demo, prompts, "image" if settings["num_frames"] == 1 else "video")
-    known = {}
-    if clips and (demo / "tae").is_dir():
-        from nemo_moviegen.recipe import Bucket
-        from nemo_moviegen.training.autoencoder import load_autoencoder
-
-        bucket = Bucket(**{name: settings[name] for name in ("num_frames", "height_px", "width_px", "fps")})
-        known = real_and_rebuilt(clips, bucket, load_autoencoder(demo / "tae"))
-    samples = []
-    for sample in settings["samples"]:
-        split, real, rebuilt = known.get(sample["prompt"], (None, None, None))
-        generated = read_frames(path.parent / sample["file"])
-        views = [("real", real), ("reconstructed", rebuilt), ("generated", generated)]
-        views = [view(name, frames, settings["fps"]) for name, frames in views]
-        notes = {
-            "train": "seen in training",
-            "heldout": "held out: this combination was never trained on",
-            None: "no clip of the data set has this caption",
-        }
-        samples.append(
-            {
-                "prompt": sample["prompt"],
-                "note": notes[split],
-                "views": views,
-                "has_strips": any(v["strip"] for v in views),
-                "shape": f"{settings['width_px']} / {settings['height_px']}",
-            }
-        )
-    sampling = (
-        f"Sampled with {settings['recipe']}: {settings['schedule']}, guidance "
-        f"{settings['guidance_scale']:g}, seed {settings['seed']}, "
-        f"{settings['sampling_seconds']:.1f} s for {len(prompts)} prompts."
-    )
-    return {"samples": samples, "sampling": sampling}
-
-
-def view(name, frames_THWC, fps) -> dict:
-    """What the page shows of uint8 frames, or of None: a looping mp4 and a strip of frames, or one image."""
-    shown = {"name": name, "video": "", "image": "", "strip": "", "picked": ""}
-    if frames_THWC is None:
-        return shown
-    if len(frames_THWC) == 1:
-        return {**shown, "image": _png(frames_THWC[0])}
-    picked = pick_frames(len(frames_THWC), NUM_STRIP_FRAMES)
-    gap = np.full((frames_THWC.shape[1], 2, 3), 255, np.uint8)
-    strip = np.concatenate([part for i in picked for part in (frames_THWC[i], gap)][:-1], axis=1)
-    with tempfile.TemporaryDirectory() as folder:
-        video_TCHW = frames_THWC.transpose(0, 3, 1, 2) / 127.5 - 1
-        mp4 = write_mp4(video_TCHW, Path(folder) / "clip.mp4", fps).read_bytes()
-    return {
-        **shown,
-        "video": data_uri(mp4, "video/mp4"),
-        "image": _png(frames_THWC[len(frames_THWC) // 2]),  # where a phone saves data and does not play
-        "strip": _png(strip),
-        "picked": f"{picked[0] + 1} to {picked[-1] + 1}",
-    }
-
-
-def captioned_clips(demo, prompts, kind) -> list:
-    """For each prompt that is the caption of clips of this kind, the first of them."""
-    from nemo_moviegen.data.clips import read_manifest
-
-    manifest = demo / "clips" / "manifest.parquet"
-    clips = read_manifest(manifest) if manifest.is_file() else []
-    first = {}
-    for clip in clips:
-        if clip.kind == kind and clip.caption in prompts:
-            first.setdefault(clip.caption, clip)
-    return list(first.values())
-
-
-def real_and_rebuilt(clips, bucket, autoencoder) -> dict:
-    """{caption: (split, real, reconstructed)} with uint8 frames [T, H, W, 3], as the bucket delivers them."""
-    import torch
-
-    from nemo_moviegen.data.dali import ClipLoader
-    from nemo_moviegen.video_files import to_uint8
-
-    found = {}
-    device = next(autoencoder.parameters()).device
-    loader = ClipLoader(clips, bucket, batch_size=1, order=range(len(clips)))
-    for video_BTCHW, rows in loader:
-        with torch.no_grad():
-            latent_BTCHW = autoencoder.encode(video_BTCHW.to(device)).mean_BTCHW
-            rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1]).cpu()
-        clip = clips[rows[0]]
-        found[clip.caption] = (clip.split, to_uint8(video_BTCHW[0]), to_uint8(rebuilt_BTCHW[0]))
-    return found
-
-
 def machine() -> dict[str, str]:
     """What the report was made on: processor, memory, accelerator, Python and package versions."""
     import psutil
@@ -316,16 +217,6 @@ def machine() -> dict[str, str]:
     return found
 
 
-def _png(frame_HWC):
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(frame_HWC).save(buffer, format="PNG")
-    return data_uri(buffer.getvalue(), "image/png")
-
-
 def _duration(seconds):
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
@@ -338,6 +229,7 @@ def _number(value):
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
-def _value(key, value):
-    unit = {"train/psnr_db": " dB", "speed/step_seconds": " s"}.get(key, "")
-    return f"{_number(value)}{unit}"
+def _typical(rows, key, unit):
+    """Median of what the rows logged, with its unit; empty where nothing is."""
+    values = series(rows, key)[1]
+    return f"{_number(statistics.median(values))} {unit}" if values else ""

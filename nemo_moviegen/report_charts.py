@@ -6,19 +6,13 @@ from pathlib import Path
 
 METRICS_FILE = "metrics.jsonl"
 LABELS = {
-    "train/loss": "squared velocity error",
-    "train/l1": "L1 error (range -1 to 1)",
-    "train/psnr_db": "PSNR (dB)",
-    "train/kl": "KL (nats per latent number)",
-    "train/outlier": "outlier penalty",
-    "train/grad_norm": "gradient norm",
-    "train/learning_rate": "learning rate",
-    "speed/step_seconds": "step time (s)",
-    "speed/tokens_per_second": "tokens/s",
+    "loss": "squared velocity error",
+    "l1": "L1 error (range -1 to 1)",
+    "psnr_db": "PSNR (dB)",
 }
-"""Axis label of a logged key, with its unit; other keys are drawn under their own name."""
-COLORS = (("#a9c2ec", "#1d4fa8"), ("#f3c9a0", "#c2570c"))
-"""(logged, running mean) of the first and the second curve of a chart."""
+"""Axis label of a logged key, with its unit."""
+COLORS = (("#a9c2ec", "#1d4fa8"), ("#f3c9a0", "#c2570c"), ("#a6d8b5", "#1c7c3f"))
+"""(logged, running mean) of the first, second and third curve of a chart."""
 
 
 def read_metrics(run_folder) -> list[dict]:
@@ -78,9 +72,8 @@ def curves_svg(title, curves, label) -> bytes:
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for (name, (steps, values)), (raw, smooth) in zip(curves.items(), COLORS, strict=False):
-            window = max(3, len(values) // 20 | 1)
-            known = f"{name}, " if len(curves) > 1 else ""
-            if len(values) > 2 * window:
+            window = len(values) // 20 | 1  # odd
+            if window > 1:
                 means = running_mean(values, window)
                 axes.plot(thinned(steps), thinned(values), color=raw, linewidth=0.8, alpha=0.7)
                 axes.plot(
@@ -88,7 +81,7 @@ def curves_svg(title, curves, label) -> bytes:
                     thinned(means),
                     color=smooth,
                     linewidth=2,
-                    label=f"{known}mean of {window}",
+                    label=f"{name}, mean of {window}",
                 )
             else:
                 axes.plot(steps, values, color=smooth, linewidth=2, marker="o", markersize=3, label=name)

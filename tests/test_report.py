@@ -10,14 +10,9 @@ import torch
 from nemo_moviegen.data.clips import read_manifest, write_manifest
 from nemo_moviegen.data.synthetic import ShapeSpec, render, write_moving_shapes
 from nemo_moviegen.recipe import Bucket
-from nemo_moviegen.report import (
-    captioned_clips,
-    quarantined_files,
-    real_and_rebuilt,
-    stage_rows,
-    write_report,
-)
+from nemo_moviegen.report import quarantined_files, stage_rows, write_report
 from nemo_moviegen.report_charts import read_metrics, running_mean, series
+from nemo_moviegen.report_samples import captioned_clips, real_and_rebuilt
 from nemo_moviegen.tae.model import Posterior
 from nemo_moviegen.video_files import read_frames, write_mp4
 
