@@ -50,20 +50,35 @@ class TemporalAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Zero: each residual branch, so a fresh model is a short chain of convolutions. Dirac: convolutions in
-        time. Posterior deviation: 0.05, or its noise hides the first signal. The rest is torch's default.
+        """A fresh model carries every colour through, blurred: without it training settles on grey shapes.
+
+        orthogonal over channels, centre tap only   convolutions and shortcuts outside residual branches
+        mean of 2x2 pixels                          downsampling
+        zero                                        the last convolution of each residual branch, all biases
+        dirac                                       convolutions over time
+        0.05                                        deviation of the posterior: more hides the first signal
+        torch's default                             the other convolutions of residual branches
         """
-        for module in self.modules():
-            last = {ResBlock: "conv2", Attention: "out"}.get(type(module))
-            if last:
-                last = getattr(module, last)
-                last = last.space if isinstance(last, SpaceTimeConv) else last
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
-        head, latent_channels = self.encoder.conv_out, self.size.latent_channels
-        nn.init.zeros_(head.space.weight[latent_channels:])
-        nn.init.zeros_(head.space.bias[latent_channels:])
-        nn.init.constant_(head.time.conv.bias[latent_channels:], 2 * math.log(0.05))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.zeros_(module.bias)
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.space.weight)
+                if isinstance(module.shortcut, nn.Linear):
+                    nn.init.orthogonal_(module.shortcut.weight)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.out.weight)
+            elif isinstance(module, SpaceTimeConv) and "conv1" not in name and "conv2" not in name:
+                weight_OIHW = module.space.weight
+                channels_OI = nn.init.orthogonal_(torch.empty(weight_OIHW.shape[:2]))
+                nn.init.zeros_(weight_OIHW)
+                if isinstance(module, Downsample):
+                    weight_OIHW[:, :, :2, :2] = channels_OI[..., None, None] / 4
+                else:
+                    weight_OIHW[:, :, 1, 1] = channels_OI
+        latent_channels = self.size.latent_channels
+        nn.init.zeros_(self.encoder.conv_out.space.weight[latent_channels:])
+        nn.init.constant_(self.encoder.conv_out.time.conv.bias[latent_channels:], 2 * math.log(0.05))
 
     def encode(self, video_BTCHW: Tensor) -> Posterior:
         """Posterior [B, ceil(T/8), C, H/8, W/8] of RGB video in [-1, 1]; ValueError for any other input."""

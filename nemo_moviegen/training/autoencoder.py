@@ -34,6 +34,10 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
     accumulate = recipe.num_microbatches(num_ranks)
     checkpoint = _own_checkpoint(recipe)
     data = TrainingClips(recipe, rank, num_ranks)
+    if checkpoint:
+        data.first_step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[
+            "global_step"
+        ]
 
     import lightning.pytorch as pl
     from lightning.pytorch.loggers import TensorBoardLogger

@@ -10,7 +10,7 @@ train/outlier                                        outlier penalty (eq. 1) bef
 train/grad_norm                                      over all parameters, before clipping
 train/learning_rate                                  -
 train/is_image                                       1 for an image step
-heldout/psnr_db                                      dB of held-out clips, at each checkpoint
+heldout/psnr_db                                      dB of held-out clips, a line at each checkpoint
 speed/step_seconds                                   wall time of the whole step
 speed/data_seconds                                   of it, waiting for the loader
 speed/frames_per_second                              frames of the global batch, all ranks
@@ -89,8 +89,7 @@ class RunFolder(pl.Callback):
         self.folder = Path(recipe.output)
 
     def on_train_start(self, trainer, module):
-        self.data.first_step = trainer.global_step  # the loader is iterated after this
-        self.step_start, self.data_seconds = None, 0.0
+        self.step_start, self.data_seconds, self.unsaved = None, 0.0, False
         if trainer.is_global_zero:
             self.metrics = _open_after(self.folder / "metrics.jsonl", trainer.global_step)
             self.bar = _progress_bar()
@@ -103,8 +102,10 @@ class RunFolder(pl.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         now = time.perf_counter()
         self.data_seconds += now - self.asked
+        self._save_if_due(trainer, module)
         if self.step_start is None:  # the first micro-batch of a step
-            self.step_start, self.step = self.asked, trainer.global_step
+            self.step_start = time.perf_counter() - (now - self.asked)
+            self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step > self.step:
@@ -134,19 +135,31 @@ class RunFolder(pl.Callback):
         }
         module.found = {}
         self.step_start, self.data_seconds = None, 0.0
-        if trainer.global_step % self.recipe.save_every == 0 or trainer.global_step == trainer.max_steps:
-            values |= self._save(trainer, module)
         trainer.last_metrics = values
+        self.unsaved = True
         if trainer.is_global_zero:
             self._tell(trainer, values)
 
-    def _save(self, trainer, module):
+    def on_train_end(self, trainer, module):
+        self._save_if_due(trainer, module)
+
+    def _save_if_due(self, trainer, module):
+        """Once a step, but before the next micro-batch: in `on_train_batch_end` Lightning (2.4) has not counted
+        the micro-batch yet, and a resumed run would accumulate one too few.
+        """
+        step = trainer.global_step
+        if not self.unsaved or (step % self.recipe.save_every and step != trainer.max_steps):
+            return
+        self.unsaved = False
         part = self.folder / f"{CHECKPOINT_FILE}.part"
         trainer.save_checkpoint(part)  # every rank takes part
-        if not trainer.is_global_zero:
-            return {}
-        os.replace(part, self.folder / CHECKPOINT_FILE)
-        return heldout_psnr(module.autoencoder, self.data)
+        if trainer.is_global_zero:
+            os.replace(part, self.folder / CHECKPOINT_FILE)
+            found = heldout_psnr(module.autoencoder, self.data)
+            if found:
+                trainer.last_metrics |= found
+                self.metrics.write(json.dumps({"step": step, **found}) + "\n")
+                trainer.logger.log_metrics(found, step=step)
 
     def _tell(self, trainer, values):
         self.metrics.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
