@@ -79,9 +79,10 @@ def test_the_shape_has_its_size_and_moves_as_the_caption_says(index):
     rows, columns = np.mgrid[:64, :64]
     centers = [(columns[m].mean(), rows[m].mean()) for m in (mask[first], mask[last])]
     step = np.subtract(centers[1], centers[0]) / (last - first)
-    assert step == pytest.approx(
-        np.multiply(DIRECTIONS[spec.direction], 64 * SPEEDS[spec.speed] / 16), abs=0.1
-    )
+    # rows count downwards
+    way = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}[spec.direction]
+    px_a_frame = {"slowly": 1.32, "quickly": 2.64}[spec.speed]
+    assert step == pytest.approx(np.multiply(way, px_a_frame), abs=0.1)
 
 
 def test_the_edges_are_soft():
