@@ -138,9 +138,10 @@ def test_debug_shows_where_a_mistake_was_found():
 
 
 def test_a_bug_keeps_its_stack_trace(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "recipes", lambda options: int("no number"))
+    """A ValueError is a user's mistake only where a check of ours raised it."""
+    monkeypatch.setenv("WORLD_SIZE", "three")
     with pytest.raises(ValueError, match="invalid literal"):
-        cli.main(["recipes"])
+        cli.main(["train", "tiny.t2i"])
 
 
 @pytest.mark.parametrize(

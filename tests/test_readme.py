@@ -21,7 +21,7 @@ def tree_paths():
         yield "/".join(parents)
 
 
-@pytest.mark.parametrize("path", tree_paths())
+@pytest.mark.parametrize("path", list(tree_paths()))
 def test_the_file_tree_is_the_one_there_is(path):
     assert (ROOT / path).exists()
 
