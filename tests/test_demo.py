@@ -13,6 +13,8 @@ from nemo_moviegen import demo
 from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, cut_clips
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.demo import (
+    NUM_HELDOUT_PROMPTS,
+    NUM_SEEN_PROMPTS,
     Stage,
     choose_prompts,
     demo_stages,
@@ -21,6 +23,7 @@ from nemo_moviegen.demo import (
     run_demo,
     run_watched,
 )
+from nemo_moviegen.video_files import read_frames
 
 
 @pytest.fixture
@@ -129,12 +132,12 @@ def test_the_commands_of_the_standard_demo_change_nothing_of_the_recipes():
 
 
 def test_every_command_of_the_demo_is_one_the_command_line_takes(tmp_path):
-    from nemo_moviegen.__main__ import _parser
+    from nemo_moviegen.arguments import parse
 
     for scale in (1.0, 0.01):
         for stage in demo_stages(tmp_path / "elsewhere", scale):
             for command in stage.commands:
-                assert _parser().parse_args(list(command)).run, command
+                assert parse(list(command)).command == command[0]
 
 
 def test_prompts_are_unlike_each_other_and_cover_both_splits(tmp_path):
@@ -163,3 +166,25 @@ def test_memory_of_a_process_that_is_gone_is_zero():
     process.wait()
     assert resident_bytes(process.pid) == 0
     assert resident_bytes(os.getpid()) > 1 << 20
+
+
+@pytest.mark.slow
+def test_a_small_demo_runs_from_raw_video_to_the_report(tmp_path):
+    command = [sys.executable, "-m", "nemo_moviegen", "demo", "--out", str(tmp_path), "--scale", "0.01"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    written = json.loads((tmp_path / "stages.json").read_text())["stages"]
+    assert [stage["finished"] for stage in written] == [True] * 7
+    assert max(stage["peak_bytes"] for stage in written) < 8 << 30
+    settings = json.loads((tmp_path / "generated" / "settings.json").read_text())
+    assert len(settings["samples"]) == NUM_SEEN_PROMPTS + NUM_HELDOUT_PROMPTS + 1
+    for sample in settings["samples"]:
+        assert read_frames(tmp_path / "generated" / sample["file"]).shape == (16, 64, 64, 3)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<video") == 3 * len(settings["samples"]), "real, reconstructed and generated"
+    assert page.count("data:image/svg+xml") == 4, "two curves of the autoencoder, one of each video run"
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == 7
+    assert json.loads((tmp_path / "stages.json").read_text())["stages"] == written
