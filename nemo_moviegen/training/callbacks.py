@@ -1,14 +1,14 @@
 """What a run tells while it runs.
 
-    metrics.jsonl and TensorBoard, a line a step        unit
-    ---------------------------------------------------- ----------------------------------------------------
-    train/loss                                           mean squared velocity error over real tokens
-    train/learning_rate                                  -
-    train/grad_norm                                      norm over all parameters before clipping
-    train/is_image                                       1 for an image iteration
-    speed/step_seconds                                   wall time of the whole step
-    speed/data_seconds                                   of it, waiting for the loader
-    speed/tokens_per_second                              video tokens of the global batch, all ranks
+metrics.jsonl and TensorBoard, a line a step        unit
+---------------------------------------------------- ----------------------------------------------------
+train/loss                                           mean squared velocity error over real tokens
+train/learning_rate                                  -
+train/grad_norm                                      norm over all parameters before clipping
+train/is_image                                       1 for an image iteration
+speed/step_seconds                                   wall time of the whole step
+speed/data_seconds                                   of it, waiting for the loader
+speed/tokens_per_second                              video tokens of the global batch, all ranks
 """
 
 import json
@@ -93,7 +93,10 @@ class ProgressBar(pl.Callback):
             f"{values['speed/tokens_per_second']:,.0f} tokens/s"
         )
         self.progress.update(self.task, completed=trainer.global_step, facts=facts)
-        if not self.progress.console.is_terminal and trainer.global_step % max(1, trainer.max_steps // 10) == 0:
+        if (
+            not self.progress.console.is_terminal
+            and trainer.global_step % max(1, trainer.max_steps // 10) == 0
+        ):
             print(f"{self.recipe.name} {trainer.global_step}/{trainer.max_steps}  {facts}", flush=True)
 
     def on_train_end(self, trainer, module):

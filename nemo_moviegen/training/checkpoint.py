@@ -23,26 +23,36 @@ def last_checkpoint(run_folder):
     for folder in Path(run_folder, CHECKPOINTS).glob("step=*"):
         name, _, number = folder.name.partition("=")
         finished = not folder.with_name(folder.name + "-unfinished").exists()
-        if folder.is_dir() and number.isdigit() and finished and (folder / "weights" / "metadata.json").is_file():
+        if (
+            folder.is_dir()
+            and number.isdigit()
+            and finished
+            and (folder / "weights" / "metadata.json").is_file()
+        ):
             found[int(number)] = folder
     return found[max(found)] if found else None
 
 
-def load_video_model(run_folder):
-    """(VideoTransformer in eval mode on this process, its VideoRecipe) from the newest checkpoint of a run.
+def load_video_model(run_folder, layout=None):
+    """(VideoTransformer in eval mode, its VideoRecipe) from the newest checkpoint of a run.
 
-    The weights may have been trained in any layout; one process holds them whole, in fp32 or the recipe's precision on
-    a GPU. ValueError where the folder holds no finished run of a video recipe.
+    The weights may have been trained in any layout; this process holds them whole, or its part under `layout`, for
+    which megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the folder holds no
+    finished run of a video recipe.
     """
     recipe_file = Path(run_folder, RECIPE_FILE)
     if not recipe_file.is_file():
-        raise ValueError(f"{run_folder} is no run folder: it holds no {RECIPE_FILE}; train one with `moviegen train`")
+        raise ValueError(
+            f"{run_folder} is no run folder: it holds no {RECIPE_FILE}; train one with `moviegen train`"
+        )
     recipe = read_recipe(recipe_file)
     if not isinstance(recipe, VideoRecipe):
         raise ValueError(f"{run_folder} holds a run of {recipe.name}, which is no video transformer")
     folder = last_checkpoint(run_folder)
     if folder is None:
-        raise ValueError(f"{run_folder} holds no finished checkpoint yet; train it with `moviegen train {recipe.name}`")
+        raise ValueError(
+            f"{run_folder} holds no finished checkpoint yet; train it with `moviegen train {recipe.name}`"
+        )
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     on_gpu = torch.cuda.is_available()
@@ -53,13 +63,16 @@ def load_video_model(run_folder):
 
     join_one_process_groups()
     precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
-    model = VideoTransformer(video_config(recipe.size, Layout(), precision))
+    layout = layout or Layout()
+    model = VideoTransformer(video_config(recipe.size, layout, precision))
     if on_gpu:
         model.cuda()
-    tensors = {f"module.{name}": value for name, value in model.sharded_state_dict(prefix="module.").items()}
-    loaded = dist_checkpointing.load(tensors, str(folder / "weights"))
-    model.load_state_dict({name.removeprefix("module.module."): value for name, value in loaded.items()})
-    return model.eval(), replace(recipe, layout=Layout())
+    # NeMo wraps the model once before it saves, and the checkpoint's other contents come along
+    wanted = {f"module.{name}": value for name, value in model.sharded_state_dict(prefix="module.").items()}
+    loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
+    prefix = "module.module."
+    model.load_state_dict({n.removeprefix(prefix): v for n, v in loaded.items() if n.startswith(prefix)})
+    return model.eval(), replace(recipe, layout=layout)
 
 
 def join_one_process_groups():

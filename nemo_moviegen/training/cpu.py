@@ -69,8 +69,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def _patch_device_names():
-    # megatron schedules.py, clip_grads.py, optimizer.py: factory calls with device="cuda"; NeMo: pin_memory=True
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+    # megatron schedules.py, clip_grads.py, optimizer.py, exchange_utils.py: factory calls with device="cuda";
+    # NeMo: pin_memory=True
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _with_cpu_device(getattr(torch, name)))
     # mappings.py, layers.py, param_and_grad_buffer.py: buffers on torch.cuda.current_device()
     torch.cuda.current_device = lambda: CPU

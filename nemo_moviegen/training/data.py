@@ -22,7 +22,9 @@ class MicroBatches(torch.utils.data.IterableDataset):
 
     def __init__(self, reader, recipe, copy, num_copies, first_step):
         self.reader, self.recipe, self.first_step = reader, recipe, first_step
-        self.order = BatchOrder(reader.latent_shapes, recipe.global_batch, recipe.seed, recipe.data.image_every)
+        self.order = BatchOrder(
+            reader.latent_shapes, recipe.global_batch, recipe.seed, recipe.data.image_every
+        )
         share = recipe.global_batch // num_copies
         self.own = slice(copy * share, (copy + 1) * share)
 

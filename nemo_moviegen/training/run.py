@@ -20,11 +20,12 @@ def train(recipe):
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     recipe.num_microbatches(num_ranks)
-    _quiet()
+    warnings.filterwarnings("ignore")
     stand_in_for_cuda()
     from nemo.lightning.callback_group import CallbackGroup
 
     stand_in_for_cuda_in_nemo()
+    _quiet()
     from nemo_moviegen.training.data import LatentDataModule
     from nemo_moviegen.training.module import FlowMatchingModule
 
@@ -74,20 +75,27 @@ def _resume(trainer, module, recipe):
     """From this run's newest checkpoint, or with the weights of `init_from`, or afresh."""
     import nemo.lightning as nl
 
-    nl.NeMoLogger(explicit_log_dir=recipe.output, update_logger_directory=False).setup(trainer)
+    state = nl.NeMoLogger(explicit_log_dir=recipe.output, update_logger_directory=False).setup(trainer)
+    state.files_to_move = []  # a resumed run goes on in its own files
     own = last_checkpoint(recipe.output)
     other = last_checkpoint(recipe.init_from) if recipe.init_from and not own else None
     if recipe.init_from and not own and not other:
         raise ValueError(f"init_from={recipe.init_from} holds no finished checkpoint; train that run first")
-    restore = nl.RestoreConfig(path=str(other / "weights"), load_optim_state=False, load_artifacts=False) if other else None
+    restore = (
+        nl.RestoreConfig(path=str(other / "weights"), load_optim_state=False, load_artifacts=False)
+        if other
+        else None
+    )
     nl.AutoResume(resume_from_path=str(own) if own else None, restore_config=restore).setup(trainer, module)
 
 
 def _quiet():
-    """Foreign start-up chatter drowns what an operator needs; MOVIEGEN_VERBOSE=1 brings it back."""
+    """Start-up chatter of four libraries drowns what an operator needs; MOVIEGEN_VERBOSE=1 brings it back."""
     if os.environ.get("MOVIEGEN_VERBOSE"):
         return
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("NEMO_LOG_MEMORY_USAGE", "0")
-    for name in ("nemo_logger", "megatron", "lightning", "nv_one_logger", "torch.distributed", "nemo"):
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(logging.ERROR)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for megatron's checkpoint processes
+    for name in ("megatron", "lightning", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "torch"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,93 @@
+"""Whole training runs on forked ranks, started as torchrun starts them: by the environment."""
+
+import os
+import socket
+from dataclasses import replace
+
+import numpy as np
+import torch.distributed as dist
+
+import tiny
+from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
+from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
+from ranks import run_on_ranks
+
+
+def write_latents(folder, num_samples=24, seed=0):
+    """Clips of one shape, every third sample an image, prompts of different length."""
+    rng = np.random.default_rng(seed)
+    frames, height, width = tiny.LATENT_SHAPE
+
+    def features():
+        return {c.name: rng.normal(size=(rng.integers(1, c.max_tokens), c.width)) for c in tiny.CONTEXTS}
+
+    with LatentWriter(folder) as writer:
+        for i in range(num_samples):
+            shape = (1 if i % 3 == 0 else frames, tiny.SIZE.input_channels, height, width)
+            writer.add(
+                LatentSample(
+                    sample_id=i,
+                    clip_id=f"clip{i}",
+                    caption="",
+                    fps=16.0,
+                    contexts=features(),
+                    latent_TCHW=rng.normal(size=shape),
+                )
+            )
+    write_empty_prompt(folder, features())
+
+
+def recipe(folder, latents, **changes) -> VideoRecipe:
+    """Six steps in fp64, whose gradient is never clipped: megatron clips with an fp32 factor."""
+    frames, height, width = tiny.LATENT_SHAPE
+    base = VideoRecipe(
+        name="test",
+        cluster="cpu_2",
+        layout=Layout(distributed_optimizer=False),  # the distributed optimizer knows no fp64
+        size=tiny.SIZE,
+        data=LatentData(folder=str(latents), image_every=3),
+        latent_frames=frames,
+        latent_height=height,
+        latent_width=width,
+        optim=Optim(learning_rate=3e-3, warmup_steps=2, clip_grad=1e9),
+        global_batch=4,
+        micro_batch=2,
+        num_steps=6,
+        precision="fp64",
+        output=str(folder),
+        save_every=3,
+    )
+    return replace(base, **changes)
+
+
+def train_on_ranks(run, num_ranks, before=None):
+    """Train `run` on forked ranks; `before()` runs in each first and may break something."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return run_on_ranks(_train, run, port, before, world_size=num_ranks, timeout_seconds=300)
+
+
+def _train(run, port, before):
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()  # the strategy makes its own from the environment, as under torchrun
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(num_ranks),
+        LOCAL_WORLD_SIZE=str(num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+        GROUP_RANK="0",
+    )
+    from nemo_moviegen.training.run import train
+
+    if before is not None:
+        before()
+    metrics = train(run)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo", init_method=f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=num_ranks
+        )
+    return metrics

@@ -1,0 +1,142 @@
+"""Whole runs through NeMo Lightning on gloo ranks: same losses in every layout, exact resume, nothing lost."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from nemo_moviegen.recipe import Layout
+from nemo_moviegen.training.checkpoint import last_checkpoint, load_video_model
+from parallel.runs import recipe, train_on_ranks, write_latents
+from ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nemo():
+    """Imported once, before the ranks fork."""
+    import nemo.lightning
+
+    import nemo_moviegen.training.module  # noqa: F401
+
+    return nemo.lightning
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("latents")
+    write_latents(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, latents):
+    """One step on one rank: the weights every layout starts from."""
+    run = recipe(tmp_path_factory.mktemp("start"), latents, num_steps=1)
+    train_on_ranks(run, 1)
+    return run.output
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, latents, start):
+    run = recipe(tmp_path_factory.mktemp("one"), latents, init_from=start)
+    train_on_ranks(run, 1)
+    return run.output
+
+
+def losses(folder):
+    lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["train/loss"] for line in lines]
+
+
+def test_a_run_takes_images_every_third_step_and_reports_what_it_did(one_rank):
+    lines = [json.loads(line) for line in open(f"{one_rank}/metrics.jsonl")]
+    assert [line["train/is_image"] for line in lines] == [0, 0, 1, 0, 0, 1]
+    for line in lines:
+        assert line["speed/tokens_per_second"] * line["speed/step_seconds"] == pytest.approx(
+            4 * (8 if line["train/is_image"] else 24)
+        )
+        assert 0 < line["train/grad_norm"] and 0 <= line["speed/data_seconds"] < line["speed/step_seconds"]
+    assert os.listdir(f"{one_rank}/tensorboard")
+
+
+PLAIN = {"distributed_optimizer": False}
+
+
+@pytest.mark.parametrize(
+    "layout, num_ranks",
+    [
+        (Layout(**PLAIN), 2),
+        (Layout(tensor=2, **PLAIN), 2),
+        (Layout(context=2, **PLAIN), 2),
+        (Layout(tensor=2, context=2, **PLAIN), 4),
+    ],
+    ids=["dp2", "tp2+sp", "cp2", "tp2+sp x cp2"],
+)
+def test_six_steps_of_any_layout_have_the_losses_of_one_rank(
+    layout, num_ranks, tmp_path, latents, start, one_rank
+):
+    """Loss after loss, so the parameters after every optimiser step agree too."""
+    run = recipe(tmp_path, latents, init_from=start, layout=layout)
+    train_on_ranks(run, num_ranks)
+    assert losses(run.output) == pytest.approx(losses(one_rank), rel=0, abs=1e-9)
+
+
+def test_the_distributed_optimiser_is_killed_in_a_checkpoint_and_resumes_bit_for_bit(
+    tmp_path, latents, start, one_rank
+):
+    run = recipe(tmp_path / "run", latents, init_from=start, precision="fp32", layout=Layout())
+    uninterrupted = replace(run, output=str(tmp_path / "whole"))
+    train_on_ranks(uninterrupted, 2)
+    assert losses(uninterrupted.output) == pytest.approx(losses(one_rank), rel=1e-5)
+    with pytest.raises(AssertionError, match="died without a result"):
+        train_on_ranks(run, 2, before=_die_in_the_second_checkpoint)
+    assert last_checkpoint(run.output).name == "step=3"
+    assert len(losses(run.output)) > 3
+    train_on_ranks(run, 2)
+    assert losses(run.output) == losses(uninterrupted.output)
+
+
+def test_another_layout_resumes_a_run_without_losing_its_place(tmp_path, latents, start, one_rank):
+    run = recipe(tmp_path, latents, init_from=start, num_steps=3, precision="fp32", layout=Layout())
+    train_on_ranks(run, 2)
+    train_on_ranks(replace(run, num_steps=6, layout=Layout(tensor=2)), 2)
+    assert losses(run.output) == pytest.approx(losses(one_rank), rel=1e-5)
+
+
+def test_a_finished_run_loads_whole_on_one_process_for_sampling(tmp_path, latents, start):
+    """Weights trained on two tensor ranks give one process the velocity they give two."""
+    run = recipe(tmp_path, latents, init_from=start, layout=Layout(tensor=2, **PLAIN), num_steps=2)
+    train_on_ranks(run, 2)
+    (velocity,) = run_on_ranks(_velocity_of_loaded, run.output, Layout(), world_size=1)
+    assert velocity.abs().max() > 1e-3
+    for sharded in run_on_ranks(_velocity_of_loaded, run.output, run.layout, world_size=2):
+        assert (sharded - velocity).abs().max() < 1e-10
+
+
+def _velocity_of_loaded(folder, layout):
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(layout.tensor)
+    model, run = load_video_model(folder, layout)
+    assert run.name == "test" and not model.training
+    batch = tiny.batch(2)
+    times = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    return model.velocity(batch.latent_BTCHW, times, batch.contexts, batch.masks)
+
+
+def _die_in_the_second_checkpoint():
+    from nemo_moviegen.training.strategy import RunCheckpoint
+
+    mark = RunCheckpoint.set_checkpoint_unfinished_marker
+
+    def mark_and_die(path, barrier_after=False):
+        mark(path, barrier_after)
+        if "step=6" in str(path):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    RunCheckpoint.set_checkpoint_unfinished_marker = staticmethod(mark_and_die)
