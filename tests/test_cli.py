@@ -239,6 +239,7 @@ def test_nemo_hands_a_recipe_to_the_same_launch(tmp_path):
     assert "tiny.t2i reads the latents of nowhere, which holds no index.parquet" in run.stdout + run.stderr
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of leptonai and fastapi, at import
 def test_every_recipe_is_a_nemo_run_factory_of_equal_value():
     import fiddle
     from nemo_run.cli.cli_parser import parse_cli_args, parse_factory

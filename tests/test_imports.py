@@ -11,10 +11,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
     {"settings", "sizes"},
     {"flops", "recipe"},
-    {"cluster", "batch", "flow", "prompts", "video_files", "report_charts"},
+    {"cluster", "batch", "flow", "prompts", "video_files"},
     {"data", "tae", "text_encoders", "video"},
     {"training"},
-    {"encode", "generate", "report", "launch"},
+    {"encode", "generate", "report_charts", "report_samples", "launch"},
+    {"report"},
     {"recipes"},
     {"tables", "demo", "arguments"},
     {"__main__", "nemo_cli"},
