@@ -5,6 +5,7 @@ files were bad, quarantine.jsonl. Samples, and the noise of each, are functions 
 run that was killed goes on with the losses it would have had.
 """
 
+import itertools
 import os
 import warnings
 from pathlib import Path
@@ -111,7 +112,10 @@ def losses(recipe, autoencoder, video_BTCHW, sample_ids, step) -> dict:
 
 
 class TrainingClips:
-    """Micro-batches (video_BTCHW, rows) of one rank from `first_step` on, decoded by DALI."""
+    """Micro-batches (video_BTCHW, rows) of one rank from `first_step` on, decoded by DALI, without end.
+
+    Which rows a step takes is a function of the step: nothing needs saving for a resume.
+    """
 
     def __init__(self, recipe, rank, num_ranks):
         every_clip = read_manifest(recipe.data.manifest)
@@ -119,17 +123,46 @@ class TrainingClips:
         self.clips = [clip for clip in every_clip if clip.split == "train"]
         self.heldout = [clip for clip in every_clip if clip.split == "heldout" and clip.kind == "video"]
         self.sample_ids = [sample_id(clip.clip_id) for clip in self.clips]
-        bucket = recipe.data.bucket
-        num_frames = {"video": max(2, bucket.num_frames), "image": 1}  # 1 marks an image
-        shapes = [(num_frames[clip.kind], bucket.height_px, bucket.width_px) for clip in self.clips]
-        self.order = BatchOrder(shapes, recipe.global_batch, recipe.seed, recipe.data.image_every)
-        share = recipe.global_batch // num_ranks
-        self.own = slice(rank * share, (rank + 1) * share)
+        self.accumulate = recipe.num_microbatches(num_ranks)
+        self.rank, self.num_ranks = rank, num_ranks
+        self.batch_size = {"video": recipe.global_batch, "image": recipe.image_batch or recipe.global_batch}
+        num_frames = {"video": 2, "image": 1}  # all that the order asks is whether a row is an image
+        shapes = [(num_frames[clip.kind], 1, 1) for clip in self.clips]
+        needed = {self.kind(step) for step in range(min(recipe.num_steps, recipe.image_steps + 64))}
+        self._orders = {
+            kind: BatchOrder(shapes, self.batch_size[kind], recipe.seed, int(kind == "image"))
+            for kind in sorted(needed)
+        }
+
+    def kind(self, step) -> str:
+        """image or video."""
+        every, joint = self.recipe.data.image_every, step - self.recipe.image_steps
+        return "image" if joint < 0 or (every and joint % every == every - 1) else "video"
+
+    def rows(self, step) -> list[int]:
+        """Rows of `clips` this rank takes at `step`."""
+        every, joint = self.recipe.data.image_every, step - self.recipe.image_steps
+        images_before = min(step, self.recipe.image_steps) + (max(joint, 0) // every if every else 0)
+        kind = self.kind(step)
+        rows, _ = self._orders[kind].batch(images_before if kind == "image" else step - images_before)
+        share = len(rows) // self.num_ranks
+        return rows[self.rank * share : (self.rank + 1) * share]
 
     def __iter__(self):
-        steps = range(self.first_step, self.recipe.num_steps)
-        rows = (row for step in steps for row in self.order.batch(step)[0][self.own])
-        return iter(self.loader(self.clips, rows, self.recipe.micro_batch))
+        readers = {
+            kind: iter(
+                self.loader(self.clips, self._rows_of(kind), size // (self.num_ranks * self.accumulate))
+            )
+            for kind, size in self.batch_size.items()
+            if kind in self._orders
+        }
+        for step in itertools.count(self.first_step):
+            for _ in range(self.accumulate):
+                yield next(readers[self.kind(step)])
+
+    def _rows_of(self, kind):
+        steps = itertools.count(self.first_step)
+        return (row for step in steps if self.kind(step) == kind for row in self.rows(step))
 
     def loader(self, clips, rows, batch_size):
         """A `ClipLoader` over rows of `clips`, on this rank's device."""

@@ -120,6 +120,7 @@ class RunFolder(pl.Callback):
         )
         found = dict(zip(names, mean.tolist(), strict=True))
         seconds = time.perf_counter() - self.step_start
+        kind = self.data.kind(self.step)
         values = {
             "train/loss": found["loss"],
             "train/l1": found["l1"],
@@ -128,10 +129,10 @@ class RunFolder(pl.Callback):
             "train/outlier": found["outlier"],
             "train/grad_norm": float(module.found["grad_norm"]),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/is_image": int(self.data.order.kind(self.step) == "image"),
+            "train/is_image": int(kind == "image"),
             "speed/step_seconds": seconds,
             "speed/data_seconds": self.data_seconds,
-            "speed/frames_per_second": module.found["frames"] * self.recipe.global_batch / seconds,
+            "speed/frames_per_second": module.found["frames"] * self.data.batch_size[kind] / seconds,
         }
         module.found = {}
         self.step_start, self.data_seconds = None, 0.0

@@ -4,7 +4,6 @@ A checkpoint counts once NeMo has removed its unfinished marker, so a run killed
 checkpoint before.
 """
 
-import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -61,9 +60,9 @@ def load_video_model(run_folder, layout=None):
 
     from nemo_moviegen.video.model import VideoTransformer, video_config
 
-    join_one_process_groups()
-    precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
     layout = layout or Layout()
+    join_process_groups(layout)
+    precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
     model = VideoTransformer(video_config(recipe.size, layout, precision))
     if on_gpu:
         model.cuda()
@@ -75,8 +74,8 @@ def load_video_model(run_folder, layout=None):
     return model.eval(), replace(recipe, layout=layout)
 
 
-def join_one_process_groups():
-    """Megatron's process groups for this process alone, unless there are groups already."""
+def join_process_groups(layout):
+    """Megatron's process groups of `layout`, unless there are groups; a process nobody launched is a world of one."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -89,5 +88,5 @@ def join_one_process_groups():
             world_size=1,
         )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(layout.tensor, context_parallel_size=layout.context)
         model_parallel_cuda_manual_seed(0)

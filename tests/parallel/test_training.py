@@ -119,9 +119,6 @@ def test_a_finished_run_loads_whole_on_one_process_for_sampling(tmp_path, latent
 
 
 def _velocity_of_loaded(folder, layout):
-    from megatron.core import parallel_state
-
-    parallel_state.initialize_model_parallel(layout.tensor)
     model, run = load_video_model(folder, layout)
     assert run.name == "test" and not model.training
     batch = tiny.batch(2)
