@@ -3,6 +3,7 @@
 import json
 import linecache
 import os
+import signal
 import sys
 import time
 import traceback
@@ -13,6 +14,8 @@ from pathlib import Path
 from nemo_moviegen.arguments import parse
 
 _OUR_CODE = tuple(str(Path(__file__).resolve().parents[1] / name) for name in ("nemo_moviegen", "recipes"))
+_PATIENCE_SECONDS = 20
+"""What a rank needs at most to end after its last line, and its launcher to see it, on a busy machine."""
 
 
 def main(arguments=None) -> int:
@@ -189,10 +192,11 @@ def _is_users_mistake(error) -> bool:
 
 
 def _say(error):
-    """One line for all ranks: another than the first waits, as the first may say the same and end the run."""
+    """One line for all ranks: where the first says the same, its end is that of the others, which wait."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        time.sleep(3)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would let the wait go on
+        time.sleep(_PATIENCE_SECONDS)
     where = f" (rank {rank})" if rank else ""
     print(f"moviegen: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
 

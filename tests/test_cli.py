@@ -132,6 +132,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(arguments, message, capsys)
     assert message in mistake(capsys, *arguments)
 
 
+def test_what_only_a_later_rank_finds_is_said_with_its_rank(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "_PATIENCE_SECONDS", 0)
+    assert mistake(capsys, "train", "tiny.t2").endswith("(rank 1)")
+
+
 def test_debug_shows_where_a_mistake_was_found():
     with pytest.raises(ValueError, match="no recipe"):
         cli.main(["train", "tiny.t2", "--debug"])
