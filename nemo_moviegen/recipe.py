@@ -237,6 +237,10 @@ class TaeRecipe(Recipe):
 
     autoencoder: AutoencoderSize = field(default_factory=AutoencoderSize)
     data: ClipData
+    image_steps: int = 0
+    """First steps that take images only: they stand in for the pre-trained image autoencoder of s3.1.1."""
+    image_batch: int = 0
+    """Images of an image step, all ranks; 0 = global_batch. An image is a fraction of the work of a clip."""
     l1_weight: float = 1.0
     squared_error_steps: int = 0
     """First steps that take the squared error in place of L1: L1 from fresh weights learns the background."""
@@ -250,6 +254,11 @@ class TaeRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.image_batch and self.image_batch % self.global_batch:
+            raise ValueError(
+                f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
+                f"multiple of global_batch {self.global_batch}"
+            )
         bucket = self.data.bucket
         if bucket.height_px % 8 or bucket.width_px % 8:
             raise ValueError(

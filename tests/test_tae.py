@@ -19,7 +19,7 @@ def random_video(*shape, seed=0):
 
 
 def autoencoder(*, fresh):
-    """In float64; where not fresh, every weight is noise: zeros and identities of the start would hide bugs."""
+    """In float64; where not fresh, noise on every weight: the zeros and identities of the start hide bugs."""
     torch.manual_seed(0)
     model = TemporalAutoencoder(SMALL).double()
     if not fresh:
@@ -77,7 +77,7 @@ def test_a_still_clip_encodes_like_its_frame_and_decodes_to_still_frames():
 
 
 def test_a_fresh_model_sees_each_frame_alone():
-    """Temporal layers start as the identity: latent t is the image latent of frame 8t, which the strides keep."""
+    """Temporal layers start as the identity: latent t is that of frame 8t, which the strides keep."""
     model = autoencoder(fresh=True)
     video = random_video(1, 16, 3, 16, 16)
     with torch.no_grad():

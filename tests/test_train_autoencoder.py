@@ -1,5 +1,6 @@
 """Training of the temporal autoencoder, from real files on disk to a run folder and back."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -97,19 +98,33 @@ def test_a_run_killed_after_a_checkpoint_goes_on_with_the_same_losses(manifest, 
 
 
 def test_ranks_share_the_batch_of_one_rank(manifest, tmp_path):
-    recipe = small_recipe(manifest, tmp_path)
+    recipe = small_recipe(manifest, tmp_path, image_batch=8, image_steps=2)
     one = TrainingClips(recipe, 0, 1)
     two = [TrainingClips(recipe, rank, 2) for rank in (0, 1)]
-    for step in range(8):
-        rows = one.order.batch(step)[0]
-        assert rows[one.own] == [row for rank in two for row in rank.order.batch(step)[0][rank.own]]
+    for step in range(10):
+        assert one.rows(step) == two[0].rows(step) + two[1].rows(step)
 
 
-def test_a_step_of_its_training_starts_where_it_is_told(manifest, tmp_path):
-    clips = TrainingClips(small_recipe(manifest, tmp_path), 0, 1)
-    first = [rows for _, rows in clips]
-    clips.first_step = 4
-    assert [rows for _, rows in clips] == first[8:]  # two micro-batches a step
+def test_steps_take_their_kind_and_every_row_comes_once_an_epoch(manifest, tmp_path):
+    """Two image steps first, then one in four; eight clips and eight images are two and one batches."""
+    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8, image_steps=2), 0, 1)
+    kinds = [clips.kind(step) for step in range(10)]
+    assert kinds == ["image"] * 2 + ["video", "video", "video", "image"] * 2
+    for step, kind in enumerate(kinds):
+        assert {clips.clips[row].kind for row in clips.rows(step)} == {kind}
+    videos = [row for step in (2, 3) for row in clips.rows(step)]
+    assert len(set(videos)) == 8
+    assert all(len(set(clips.rows(step))) == 8 for step in (0, 1, 5, 9))
+
+
+def test_clips_are_delivered_from_the_step_a_run_resumes_at(manifest, tmp_path):
+    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8), 0, 1)
+    first = [(tuple(video.shape), rows) for video, rows in itertools.islice(clips, 16)]
+    clips.first_step = 3
+    assert [(tuple(v.shape), rows) for v, rows in itertools.islice(clips, 10)] == first[
+        6:
+    ]  # two micro-batches a step
+    assert first[6][0] == (4, 1, 3, 32, 32) and first[8][0] == (2, 8, 3, 32, 32)
 
 
 def test_loading_gives_the_trained_weights_in_eval_mode(manifest, tmp_path):

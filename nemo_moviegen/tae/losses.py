@@ -36,12 +36,6 @@ def outlier_penalty(latent_BTCHW: Tensor, scale: float = 3.0) -> Tensor:
     return (distance_BTHW - limit_BT11).clamp(min=0).mean()
 
 
-def psnr_db(reconstruction_BTCHW: Tensor, video_BTCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of the clamped reconstruction, dB, of all values together (peak to peak 2)."""
-    error = squared_error(reconstruction_BTCHW.clamp(-1, 1), video_BTCHW)
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
-
-
 def root(x: Tensor) -> Tensor:
     """Square root whose gradient at zero is zero, not infinite: constant latents have no deviation."""
     positive = x > 0

@@ -248,7 +248,7 @@ class TemporalConv(nn.Module):
 
 
 class AddToFrames(torch.autograd.Function):
-    """`y[:, frame] += addend` in place; autograd's own indexing would copy the gradient of the clip each time."""
+    """`y[:, frame] += addend` in place; autograd's indexing would copy the clip's gradient each time."""
 
     @staticmethod
     def forward(ctx, y_BTHWC, frames, *addends_BHWC):

@@ -1,4 +1,4 @@
-"""Training of the temporal autoencoder (Movie Gen s3.1.1): clips and images from files, one image step in four.
+"""Training of the temporal autoencoder (Movie Gen s3.1.1): clips, and images one step in four.
 
 A run folder holds recipe.yaml, last.ckpt (weights, optimiser, step), metrics.jsonl, tensorboard/ and, if
 files were bad, quarantine.jsonl. Samples, and the noise of each, are functions of (seed, sample, step), so a

@@ -145,8 +145,8 @@ class RunFolder(pl.Callback):
         self._save_if_due(trainer, module)
 
     def _save_if_due(self, trainer, module):
-        """Once a step, but before the next micro-batch: in `on_train_batch_end` Lightning (2.4) has not counted
-        the micro-batch yet, and a resumed run would accumulate one too few.
+        """Before the next micro-batch: in `on_train_batch_end` Lightning (2.4) has not yet counted the
+        micro-batch that ends, and a resumed run would accumulate one too few.
         """
         step = trainer.global_step
         if not self.unsaved or (step % self.recipe.save_every and step != trainer.max_steps):
