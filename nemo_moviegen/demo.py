@@ -188,7 +188,8 @@ def run_stage(stage, record, save):
 def run_watched(command) -> tuple[int, float, int]:
     """(exit code, seconds, peak bytes resident in all its processes) of a command on this terminal."""
     started, peak_bytes = time.perf_counter(), 0
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}  # ranks share the cores
+    # Ranks share the cores; and warnings of foreign packages would bury what a stage says.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
     process = subprocess.Popen(command, env=environment)
     try:
         while True:

@@ -171,11 +171,12 @@ def data_part(demo) -> dict:
     ]
     quarantined = quarantined_files(demo)
     note = f"{len(clips)} clips and images in the manifest"
-    index = demo / "latents" / "index.parquet"
-    if index.is_file():
-        import pyarrow.parquet as pq
+    for folder, what in (("latents", "encoded to train on"), ("latents_heldout", "encoded and held out")):
+        index = demo / folder / "index.parquet"
+        if index.is_file():
+            import pyarrow.parquet as pq
 
-        note += f", {pq.read_metadata(index).num_rows} encoded to latents"
+            note += f", {pq.read_metadata(index).num_rows} {what}"
     note += f", {len(quarantined)} quarantined."
     return {"data": rows, "data_note": note, "quarantined": quarantined}
 

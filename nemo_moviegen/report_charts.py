@@ -11,8 +11,12 @@ LABELS = {
     "psnr_db": "PSNR (dB)",
 }
 """Axis label of a logged key, with its unit."""
-COLORS = (("#a9c2ec", "#1d4fa8"), ("#f3c9a0", "#c2570c"), ("#a6d8b5", "#1c7c3f"))
-"""(logged, running mean) of the first, second and third curve of a chart."""
+COLORS = {
+    "clips": ("#a9c2ec", "#1d4fa8"),
+    "images": ("#f3c9a0", "#c2570c"),
+    "held out": ("#a6d8b5", "#1c7c3f"),
+}
+"""(logged, running mean) of each curve by its name."""
 
 
 def read_metrics(run_folder) -> list[dict]:
@@ -61,7 +65,7 @@ def thinned(values, most=1000) -> list:
 
 
 def curves_svg(title, curves, label) -> bytes:
-    """SVG of {name: (steps, values)}: what was logged and, where there is enough of it, its running mean.
+    """SVG of curves {name in COLORS: (steps, values)}: what was logged and, of 40 points on, its running mean.
 
     The vertical axis is logarithmic where the values are positive and span more than a factor of 20.
     """
@@ -71,7 +75,8 @@ def curves_svg(title, curves, label) -> bytes:
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}):
         figure = Figure(figsize=(4.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
-        for (name, (steps, values)), (raw, smooth) in zip(curves.items(), COLORS, strict=False):
+        for name, (steps, values) in curves.items():
+            raw, smooth = COLORS[name]
             window = len(values) // 20 | 1  # odd
             if window > 1:
                 means = running_mean(values, window)
