@@ -65,7 +65,7 @@ def thinned(values, most=1000) -> list:
 
 
 def curves_svg(title, curves, label) -> bytes:
-    """SVG of curves {name in COLORS: (steps, values)}: what was logged and, of 40 points on, its running mean.
+    """SVG of {name in COLORS: (steps, values)}: what was logged and, of 40 points on, its running mean.
 
     The vertical axis is logarithmic where the values are positive and span more than a factor of 20.
     """
