@@ -18,19 +18,29 @@ MOVING_SHAPES = Bucket(num_frames=16, height_px=64, width_px=64, fps=16)
 
 
 def tae() -> TaeRecipe:
-    """Temporal autoencoder (s3.1.1) at small width: 64 px, 16 frames -> 2x8x8 latents of 16 channels."""
+    """Temporal autoencoder (s3.1.1) at small width: 64 px, 16 frames -> 2x8x8 latents of 16 channels.
+
+    Held-out clips after 90 CPU seconds: 17 dB, grey shapes, where steps were too large for the batch (4 clips
+    at a rate of 3e-3 and more, whatever the norm) or fresh weights did not carry colour; 21 dB as below. L1
+    from the start stays at the background, so it comes last.
+    """
     return TaeRecipe(
         name="tiny.tae",
         cluster="cpu_2",
-        autoencoder=AutoencoderSize(base_width=16, multipliers=(1, 2, 4, 4), blocks_per_level=1),
+        autoencoder=AutoencoderSize(base_width=8, multipliers=(1, 2, 4, 8), blocks_per_level=1),
         data=ClipData(manifest="out/demo/clips/manifest.parquet", bucket=MOVING_SHAPES),
-        optim=Optim(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.0, beta2=0.99),
-        global_batch=8,
-        micro_batch=4,
-        num_steps=400,
+        optim=Optim(learning_rate=1.5e-3, warmup_steps=20, decay="cosine", weight_decay=0.0, beta2=0.99),
+        global_batch=4,
+        micro_batch=2,
+        image_steps=100,
+        image_batch=16,
+        num_steps=700,
+        squared_error_steps=500,
+        kl_weight=1e-4,
+        outlier_weight=1.0,  # from fresh weights this already holds the penalty at zero; 1e5 is for finetuning
         precision="fp32",
         output="out/demo/tae",
-        save_every=200,
+        save_every=100,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import run_on_ranks
 
 from nemo_moviegen.data.clips import write_manifest
 from nemo_moviegen.data.synthetic import write_moving_shapes
@@ -103,6 +104,28 @@ def test_ranks_share_the_batch_of_one_rank(manifest, tmp_path):
     two = [TrainingClips(recipe, rank, 2) for rank in (0, 1)]
     for step in range(10):
         assert one.rows(step) == two[0].rows(step) + two[1].rows(step)
+
+
+def test_two_ranks_train_the_weights_of_one(manifest, tmp_path):
+    """In float64, images and clips. Seen to catch: every rank taking the rows of rank 0."""
+    changes = {"num_steps": 4, "image_steps": 1, "image_batch": 8, "save_every": 2, "precision": "fp64"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    train_autoencoder(small_recipe(manifest, one, **changes))
+    run_on_ranks(_train_on_a_rank, small_recipe(manifest, two, **changes), timeout_seconds=300)
+    for mine, theirs in zip(metrics(two)[0], metrics(one)[0], strict=True):
+        for key in ("train/loss", "train/l1", "train/kl", "train/psnr_db", "train/grad_norm"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-9), key
+    weights = load_autoencoder(two).state_dict()
+    for name, value in load_autoencoder(one).state_dict().items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)  # loaded in float32
+
+
+def _train_on_a_rank(recipe):
+    rank = str(torch.distributed.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {"GROUP_RANK": "0"}
+    train_autoencoder(recipe)
 
 
 def test_steps_take_their_kind_and_every_row_comes_once_an_epoch(manifest, tmp_path):

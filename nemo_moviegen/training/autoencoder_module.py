@@ -116,7 +116,7 @@ class RunFolder(pl.Callback):
         names = ("loss", "l1", "squared_error", "kl", "outlier")
         # each rank saw its share of the batch
         mean = trainer.strategy.reduce(
-            torch.stack([module.found[n].float() for n in names]), reduce_op="mean"
+            torch.stack([module.found[n].double() for n in names]), reduce_op="mean"
         )
         found = dict(zip(names, mean.tolist(), strict=True))
         seconds = time.perf_counter() - self.step_start
