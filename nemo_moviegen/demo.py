@@ -171,7 +171,13 @@ def run_stage(stage, record, save):
     for command in stage.commands:
         print(f"$ {_typed(command)}", flush=True)
         save()
-        code, seconds, peak_bytes = run_watched([sys.executable, "-m", "nemo_moviegen", *command])
+        started = time.perf_counter()
+        try:
+            code, seconds, peak_bytes = run_watched([sys.executable, "-m", "nemo_moviegen", *command])
+        except KeyboardInterrupt:
+            record["seconds"] = round(record["seconds"] + time.perf_counter() - started, 2)
+            save()
+            raise
         record["seconds"] = round(record["seconds"] + seconds, 2)
         record["peak_bytes"] = max(record["peak_bytes"], peak_bytes)
         save()

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -103,6 +104,24 @@ def test_seconds_of_an_interrupted_training_add_up(told, tmp_path):
     run_demo(tmp_path)
     record = json.loads((tmp_path / "stages.json").read_text())["stages"][1]
     assert (record["seconds"], record["peak_bytes"]) == (3.0, 200)
+
+
+def test_seconds_before_ctrl_c_count_too(told, tmp_path, monkeypatch):
+    run = demo.run_watched
+
+    def interrupted(command):
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_watched", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path)
+    record = json.loads((tmp_path / "stages.json").read_text())["stages"][0]
+    assert 0.2 <= record["seconds"] < 5
+    assert not record["finished"]
+    monkeypatch.setattr(demo, "run_watched", run)
+    run_demo(tmp_path)
+    assert told.ran == ["clips", "train", "report"]
 
 
 def test_what_else_lies_in_the_folder_survives_a_fresh_demo(told, tmp_path):
