@@ -1,5 +1,6 @@
 """Run a function on gloo ranks: forked, so torch and megatron are imported once; file store, so no ports."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import multiprocessing.connection
@@ -18,8 +19,8 @@ import torch.distributed as dist
 def run_on_ranks(fn, *args, world_size=2, timeout_seconds=120):
     """Call fn(*args) on every rank; results in rank order.
 
-    Raises AssertionError with the traceback of the first rank that fails (the others, stuck in a collective, are
-    killed), or with the stacks of the ranks still running when the time is up.
+    Raises AssertionError with the traceback of the first rank that fails (the others, stuck in a collective,
+    are killed), or with the stacks of the ranks still running when the time is up.
     """
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +62,8 @@ def _collect(results, pipes, ranks, folder, deadline):
 def _rank_main(rank, world_size, folder, send, fn, args):
     os.setpgrp()  # what this rank starts (megatron's checkpoint writer) ends with it
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, file=open(folder / f"stack{rank}", "w"), all_threads=True)
+    stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115, open for as long as the rank lives
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     try:
         # plain pickle: a pipe's own would share tensors through a rank that is about to end
@@ -72,10 +74,8 @@ def _rank_main(rank, world_size, folder, send, fn, args):
 
 
 def _kill_group(process):
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.join()
 
 

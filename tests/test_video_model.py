@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_on_ranks
 
-import tiny
 from nemo_moviegen import flops, sizes
 from nemo_moviegen.recipe import Layout
 from nemo_moviegen.training.checkpoint import join_process_groups
@@ -19,7 +20,6 @@ from nemo_moviegen.video.embeddings import (
     patchify,
     unpatchify,
 )
-from ranks import run_on_ranks
 
 
 def build(size=tiny.SIZE, precision="fp64", **config_fields):

@@ -1,7 +1,7 @@
 """Run folders: recipe.yaml, checkpoints/step=N (megatron's sharded format, any layout reads it), metrics.
 
-A checkpoint counts once NeMo has removed its unfinished marker, so a run killed inside a write falls back to the
-checkpoint before.
+A checkpoint counts once NeMo has removed its unfinished marker, so a run killed inside a write falls back to
+the checkpoint before.
 """
 
 import tempfile
@@ -20,7 +20,7 @@ def last_checkpoint(run_folder):
     """Folder of the newest finished checkpoint of a run, or None."""
     found = {}
     for folder in Path(run_folder, CHECKPOINTS).glob("step=*"):
-        name, _, number = folder.name.partition("=")
+        number = folder.name.partition("=")[2]
         finished = not folder.with_name(folder.name + "-unfinished").exists()
         if (
             folder.is_dir()
@@ -35,9 +35,9 @@ def last_checkpoint(run_folder):
 def load_video_model(run_folder, layout=None):
     """(VideoTransformer in eval mode, its VideoRecipe) from the newest checkpoint of a run.
 
-    The weights may have been trained in any layout; this process holds them whole, or its part under `layout`, for
-    which megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the folder holds no
-    finished run of a video recipe.
+    The weights may have been trained in any layout; this process holds them whole, or its part under
+    `layout`, for which megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the
+    folder holds no finished run of a video recipe.
     """
     recipe_file = Path(run_folder, RECIPE_FILE)
     if not recipe_file.is_file():
@@ -75,7 +75,7 @@ def load_video_model(run_folder, layout=None):
 
 
 def join_process_groups(layout):
-    """Megatron's process groups of `layout`, unless there are groups; a process nobody launched is a world of one."""
+    """Megatron's process groups of `layout` if there are none; a process launched alone is a world of one."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 

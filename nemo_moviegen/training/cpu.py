@@ -1,7 +1,7 @@
-"""Lets megatron-core 0.15.3 and NeMo 2.7.3 run without CUDA: the one place of the project that patches anything.
+"""Lets megatron-core 0.15.3 and NeMo 2.7.3 run without CUDA: the one place here that patches anything.
 
-`stand_in_for_cuda()` does nothing where CUDA exists. Elsewhere it makes the few CUDA names that both libraries use
-without asking answer for the CPU. Each patch below says who needs it.
+`stand_in_for_cuda()` does nothing where CUDA exists. Elsewhere it makes the few CUDA names that both
+libraries use without asking answer for the CPU. Each patch below says who needs it.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def stand_in_for_cuda():
-    """Patch once a process, before the first model is built; a second call and machines with CUDA change nothing."""
+    """Patch once a process, before the first model is built; machines with CUDA are left as they are."""
     if torch.cuda.is_available() or getattr(torch.cuda, "moviegen_stand_in", False):
         return
     torch.cuda.moviegen_stand_in = True
@@ -34,8 +34,8 @@ def stand_in_for_cuda_in_nemo():
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW that keeps one step count a parameter group, as TE's and Apex's FusedAdam do.
 
-    megatron-core 0.15.3 falls back to torch.optim.AdamW, whose step count is a tensor in every parameter's state: the
-    distributed optimizer shards each state tensor like its parameter and fails on a scalar.
+    megatron-core 0.15.3 falls back to torch.optim.AdamW, whose step count is a tensor in every parameter's
+    state: the distributed optimizer shards each state tensor like its parameter and fails on a scalar.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_):
@@ -81,8 +81,8 @@ def _patch_device_names():
         self, *map(_cpu, args), **{k: _cpu(v) for k, v in kwargs.items()}
     )
     torch.Tensor.cuda = lambda self, *_, **__: self
-    # distrib_optimizer.py and optimizer.py compare type() with torch.cuda.FloatTensor and its bf16 sister. They know
-    # no fp64: it is treated as fp32 is, optimised in place (the parity tests run in fp64).
+    # distrib_optimizer.py and optimizer.py compare type() with torch.cuda.FloatTensor and its bf16 sister.
+    # They know no fp64: it is treated as fp32 is, optimised in place (the parity tests run in fp64).
     kind = torch.Tensor.type
     torch.Tensor.type = lambda self, *args, **kwargs: (
         kind(self, *args, **kwargs)
@@ -115,8 +115,8 @@ def _patch_random_state():
     torch.cuda.manual_seed = torch.manual_seed
     megatron_random._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
     megatron_random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
-    # A CUDA build of torch on a machine without GPU: Lightning sets PYTORCH_NVML_BASED_CUDA_CHECK, then is_available()
-    # is device_count() > 0; megatron's checkpoint reader divides by device_count().
+    # A CUDA build of torch on a machine without GPU: Lightning sets PYTORCH_NVML_BASED_CUDA_CHECK, then
+    # is_available() is device_count() > 0; megatron's checkpoint reader divides by device_count().
     torch.cuda.device_count = lambda: 1
     torch.cuda.is_available = lambda: False
 

@@ -15,7 +15,7 @@ from nemo_moviegen.data.order import BatchOrder
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
-    """Endless micro-batches of one model copy from a step on: a function of the step, so nothing needs saving.
+    """Endless micro-batches of one model copy from a step on: a function of the step, nothing needs saving.
 
     `copy` of `num_copies` counts data-parallel copies; ranks of one copy (tp, cp) get the same samples.
     """
@@ -67,7 +67,7 @@ class LatentDataModule(pl.LightningDataModule):
         )
 
     def largest_shape(self):
-        """Latent (T, H, W) with most tokens; ValueError where a shape does not fit the model or the layout."""
+        """Latent (T, H, W) with most tokens; ValueError where a shape does not fit model or layout."""
         shapes = set(self.reader.latent_shapes)
         for shape in shapes:
             self.recipe.check_tokens(shape)

@@ -1,4 +1,4 @@
-"""Flow matching as NeMo Lightning wants it: model, optimiser, one forward step, one loss reduction (s3.1.2)."""
+"""Flow matching as NeMo Lightning wants it: model, optimiser, a forward step, a loss reduction (s3.1.2)."""
 
 import math
 import time
@@ -109,7 +109,7 @@ class LearningRate(LRSchedulerModule):
 
 
 def learning_rate_factor(step, optim, num_steps) -> float:
-    """Share of the peak learning rate at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth."""
+    """Share of the peak rate at `step` (0 is the first): linear warm-up, then flat or cosine to a tenth."""
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.decay == "constant":

@@ -1,4 +1,4 @@
-"""`train(recipe)`: one training run through NeMo Lightning, resumed from its own folder where that holds one."""
+"""`train(recipe)`: one training run through NeMo Lightning, resumed from its own folder if that holds one."""
 
 import logging
 import os
@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 
 from nemo_moviegen.recipe import recipe_yaml
-from nemo_moviegen.training.checkpoint import CHECKPOINTS, RECIPE_FILE, last_checkpoint
+from nemo_moviegen.training.checkpoint import RECIPE_FILE, last_checkpoint
 from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
 
 
 def train(recipe):
-    """Train a `VideoRecipe` on the ranks this process was started among; returns the last step's metrics on rank 0.
+    """Train a `VideoRecipe` on the ranks this process was started among.
 
-    Ranks come from the launcher's environment (torchrun), one process trains alone. ValueError where layout, batch or
-    data do not fit, before anything is built.
+    Returns the last step's metrics on rank 0, None elsewhere. Ranks come from the launcher's environment
+    (torchrun), one process trains alone. ValueError where layout, batch or data do not fit, before anything
+    is built.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     recipe.num_microbatches(num_ranks)

@@ -1,4 +1,4 @@
-"""One training step in plain torch: latents to a noisy pair to a loss that no layout changes (s3.1.2, eq. 2)."""
+"""One training step in plain torch: latents to a noisy pair to a loss no layout changes (s3.1.2, eq. 2)."""
 
 from dataclasses import dataclass
 
@@ -14,16 +14,18 @@ class TokenLoss:
     """What one micro-batch adds to the loss of a step."""
 
     loss_sum: torch.Tensor
-    """Squared error summed over the tokens of this rank; each token's is the mean over its channels. Has the gradient."""
+    """Squared error summed over the tokens of this rank; each token's is the mean over its channels. Has the
+    gradient."""
     num_tokens: torch.Tensor
-    """int32: tokens of this context-parallel piece, whatever sequence parallelism leaves on this rank. Megatron divides
-    the gradient by their sum over cp, dp and micro-batches. (Elements of the paper's batches would overflow int32.)"""
+    """int32: tokens of this context-parallel piece, whatever sequence parallelism leaves on this rank.
+    Megatron divides the gradient by their sum over cp, dp and micro-batches. (Elements of the paper's batches
+    would overflow int32.)"""
     sums: torch.Tensor
     """fp64 [2]: loss and tokens of this rank, detached, for the report."""
 
 
 def noisy_pair(batch, seed):
-    """(x_t, velocity target, t) of a `VideoBatch`: whole latents, the same on all ranks that share the samples.
+    """(x_t, velocity target, t) of a `VideoBatch`: whole latents, the same on all ranks that share samples.
 
     x_t and the target have the latents' dtype; t is fp64 in (0, 1), 0 being noise.
     """

@@ -1,4 +1,4 @@
-"""NeMo's MegatronStrategy from a recipe, and its checkpoints: the paper's parallelism of s3.1.6 as settings."""
+"""NeMo's MegatronStrategy from a recipe, and its checkpoints: the parallelism of s3.1.6 as settings."""
 
 import nemo.lightning as nl
 import torch
@@ -28,7 +28,7 @@ def strategy(recipe) -> nl.MegatronStrategy:
         ckpt_optim_fully_reshardable=True,  # another layout may resume
         gradient_as_bucket_view=True,
     )
-    # NeMo's progress printer gathers megatron's timers on rank 0 alone, and the next collective deadlocks on gloo
+    # NeMo's progress printer gathers megatron's timers on rank 0 alone: gloo deadlocks at the next collective
     result.timers = None
     return result
 

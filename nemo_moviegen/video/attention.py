@@ -1,4 +1,4 @@
-"""Core attention of the local spec: torch's scaled dot product, bidirectional, with gathered keys and values."""
+"""Core attention of the local spec: torch's scaled dot product, bidirectional, keys and values gathered."""
 
 import torch
 from megatron.core.transformer.module import MegatronModule

@@ -1,4 +1,4 @@
-"""Patches, positions, time and context: everything that becomes a token or a condition (Movie Gen s3.1.3, s3.1.4).
+"""Patches, positions, time and context: all that becomes a token or a condition (Movie Gen s3.1.3, s3.1.4).
 
 B clips, T C H W latent axes, S tokens, D model width, L text tokens.
 """
@@ -97,7 +97,7 @@ class ContextProjections(nn.Module):
 
 
 class SharedModulation(nn.Module):
-    """One SiLU and linear for all layers: time embedding [B, D] -> [6, B, D]; layers add their own bias [6, D]."""
+    """One SiLU and linear for all layers, which add their own bias [6, D]: time [B, D] -> [6, B, D]."""
 
     def __init__(self, size):
         super().__init__()

@@ -5,7 +5,8 @@
     x = x + CrossAttention(x, context)
     x = x + gate2 * FFN(RMSNorm(x) * (1 + scale2) + shift2)
 
-The layer fixes this wiring; `local_spec` and `transformer_engine_spec` pick the kernels and differ in nothing else.
+The layer fixes this wiring; `local_spec` and `transformer_engine_spec` pick the kernels and differ in nothing
+else.
 """
 
 import copy
@@ -46,7 +47,7 @@ def unpack_conditioning(conditioning):
 
 
 class VideoLayer(TransformerLayer):
-    """One layer. Positions travel as `rotary_pos_emb`: an argument for positions that this model has no rotary use for."""
+    """One layer. Positions travel as `rotary_pos_emb`: an argument for positions; none are rotary here."""
 
     def __init__(self, config, submodules, layer_number=1, **kwargs):
         super().__init__(config, submodules, layer_number, **kwargs)
@@ -74,7 +75,7 @@ class VideoLayer(TransformerLayer):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with weight (Table 9). Megatron's local norm refuses sequence parallelism; this one marks its weight."""
+    """RMSNorm with weight (Table 9). Megatron's refuses sequence parallelism; this one marks its weight."""
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
         super().__init__()

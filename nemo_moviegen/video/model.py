@@ -1,9 +1,9 @@
 """The Movie Gen video transformer (s3.1.3) on megatron-core: latents, time and text in, velocity out.
 
-    latent -> patches -> this rank's tokens -> linear -+-> 48 x VideoLayer -> RMSNorm -> linear -> velocity tokens
-    frame, row, column ------------> positions --------+ (added in every layer)
-    t -> time embedding -> six modulations ------------+
-    UL2, MetaCLIP, ByT5 -> projections ----------------+ (cross-attention)
+    latent -> patches -> own tokens -> linear -+-> 48 x VideoLayer -> RMSNorm -> linear -> velocity tokens
+    frame, row, column --------> positions ----+ (added in every layer)
+    t -> time embedding -> six modulations ----+
+    UL2, MetaCLIP, ByT5 -> projections --------+ (cross-attention)
 
 B clips, T C H W latent axes, S tokens, D model width, L text tokens.
 """
@@ -98,8 +98,8 @@ class VideoTransformer(MegatronModule):
         self.to(config.params_dtype)
 
     def init_weights(self):
-        """Zero: modulation (so gates are closed, adaLN-Zero) and head (the first velocity is 0). Normal: the rest.
-        Megatron's linears inside the layers initialise themselves."""
+        """Zero: modulation (so gates are closed, adaLN-Zero) and head (the first velocity is 0). Normal: the
+        rest. Megatron's linears inside the layers initialise themselves."""
         std = self.config.init_method_std
         for linear in (
             self.time_embedding.expand,
@@ -120,12 +120,14 @@ class VideoTransformer(MegatronModule):
     def forward(self, x_BTCHW, t_B, contexts, masks):
         """Velocity tokens of this rank, [S/cp/sp, B, output patch width], in `patchify`'s order.
 
-        `t_B` in [0, 1] (0 is noise) should be fp64: Megatron rounds fp32 arguments to bf16. `contexts` and `masks`
-        hold one [B, L_i, width_i] and one bool [B, L_i] per text encoder. ValueError for shapes the model can not take.
+        `t_B` in [0, 1] (0 is noise) should be fp64: Megatron rounds fp32 arguments to bf16. `contexts` and
+        `masks` hold one [B, L_i, width_i] and one bool [B, L_i] per text encoder. ValueError for shapes the
+        model can not take.
         """
         if x_BTCHW.dim() != 5 or x_BTCHW.shape[2] != self.size.input_channels:
             raise ValueError(
-                f"latents are {tuple(x_BTCHW.shape)}; {self.size.name} takes [B, T, {self.size.input_channels}, H, W]"
+                f"latents are {tuple(x_BTCHW.shape)}; "
+                f"{self.size.name} takes [B, T, {self.size.input_channels}, H, W]"
             )
         dtype = self.patch_embedding.weight.dtype
         latent_shape = (x_BTCHW.shape[1], *x_BTCHW.shape[3:])

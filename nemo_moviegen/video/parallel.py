@@ -1,4 +1,4 @@
-"""Who holds which tokens: the only file of the backbone that splits, gathers, or marks a gradient for reduction.
+"""Who holds which tokens: the only file of the backbone that splits, gathers, or marks gradients to reduce.
 
 A clip of S tokens is cut into context-parallel (cp) pieces, each of those into sequence-parallel (sp) pieces:
 
@@ -18,8 +18,9 @@ What happens to the gradient of each group of parameters (p: reduced by Megatron
     context projections                  replicated        in the backward pass of    p: summed
                                                            the sharded k, v linear
 
-The loss is a sum over the tokens a rank holds and is divided once, by the number of tokens of all cp and dp ranks.
-Text keys and values stay whole on every cp rank: odd lengths need no padding, and nothing travels (s3.1.6).
+The loss is a sum over the tokens a rank holds and is divided once, by the number of tokens of all cp and dp
+ranks. Text keys and values stay whole on every cp rank: odd lengths need no padding, and nothing travels
+(s3.1.6).
 """
 
 import torch
@@ -27,13 +28,14 @@ from megatron.core import parallel_state, tensor_parallel
 
 
 def split_tokens(tokens_SBX, config):
-    """The tokens of this rank, [S/cp/sp, B, X]; ValueError if S does not divide. Moves no data between ranks."""
+    """The tokens of this rank, [S/cp/sp, B, X]; ValueError if S does not divide. Moves no data."""
     pieces, index = _pieces(config)
     num_tokens = tokens_SBX.shape[0]
     if num_tokens % pieces:
         raise ValueError(
-            f"{num_tokens} tokens do not split over context parallel {config.context_parallel_size} x sequence "
-            f"parallel {pieces // config.context_parallel_size}: use a bucket whose tokens divide by {pieces}"
+            f"{num_tokens} tokens do not split over context parallel {config.context_parallel_size} x "
+            f"sequence parallel {pieces // config.context_parallel_size}: "
+            f"use a bucket whose tokens divide by {pieces}"
         )
     length = num_tokens // pieces
     return tokens_SBX[index * length : (index + 1) * length]
@@ -58,8 +60,8 @@ def gather_tokens(tokens_SBX, config):
 def gather_keys_values(key_SBNH, value_SBNH):
     """Keys and values of all cp ranks from [S/cp, B, N/tp, H], in one collective.
 
-    The backward pass sums the gradients that all ranks' queries send and leaves each rank its own tokens' (s3.1.6:
-    all-gather forward, reduce-scatter backward).
+    The backward pass sums the gradients that all ranks' queries send and leaves each rank its own tokens'
+    (s3.1.6: all-gather forward, reduce-scatter backward).
     """
     group = parallel_state.get_context_parallel_group()
     width = key_SBNH.shape[-1]
@@ -70,7 +72,7 @@ def gather_keys_values(key_SBNH, value_SBNH):
 
 
 def sum_gradient_over_sequence_ranks(parameters, config):
-    """Mark replicated parameters that act on a rank's own tokens: under sp each rank has a part of their gradient."""
+    """Mark replicated parameters that act on own tokens: under sp each rank has a part of their gradient."""
     for parameter in parameters:
         parameter.sequence_parallel = config.sequence_parallel
 

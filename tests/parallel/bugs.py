@@ -1,4 +1,4 @@
-"""Real bugs of other training stacks, planted one at a time into a rank to prove that the parity test notices.
+"""Real bugs of other training stacks, planted one by one into a rank: the parity test must notice each.
 
 Each entry: what it does to the model of a forked rank, the layout it hides in, and whether the loss shows it.
 """

@@ -1,5 +1,6 @@
-"""One training step of the test model under any layout, through megatron's own schedule, DDP and reductions."""
+"""One training step of the test model under any layout, by megatron's own schedule, DDP and reductions."""
 
+import tiny
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -11,7 +12,6 @@ from megatron.core.distributed import (
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-import tiny
 from nemo_moviegen.training import step
 from nemo_moviegen.video.embeddings import unpatchify
 from nemo_moviegen.video.model import VideoTransformer, video_config
@@ -21,7 +21,7 @@ SEED = 7
 
 
 def save_one_rank_weights(folder, size=tiny.SIZE):
-    """Weights of one model, written by one rank, for all layouts: a TP shard of SwiGLU cut by hand is another model."""
+    """Weights of one model, written by one rank, for all layouts: SwiGLU cut by hand is another model."""
     from nemo_moviegen.recipe import Layout
 
     model = _model(Layout(), size)
@@ -32,7 +32,8 @@ def save_one_rank_weights(folder, size=tiny.SIZE):
 def run_step(layout, folder, batch, micro_batch, size=tiny.SIZE, plant=None, **config_fields):
     """(loss, velocity of the first sample, {name: gradient}) of one step on all ranks' share of `batch`.
 
-    Gradients come back whole: tp shards joined, and the distributed optimizer's dp shards. `plant(model)` may plant a bug; `config_fields` are set on megatron's configuration.
+    Gradients come back whole: tp shards joined, and the distributed optimizer's dp shards. `plant(model)` may
+    plant a bug; `config_fields` are set on megatron's configuration.
     """
     model = _model(layout, size, **config_fields)
     model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(), folder))
@@ -99,7 +100,7 @@ def _first_velocity(model, batch):
 
 
 def _gather_data_parallel_shards(ddp):
-    """The distributed optimizer leaves each dp rank its slice of the reduced gradient; put the slices together."""
+    """The distributed optimizer leaves each dp rank its slice of the reduced gradient: join the slices."""
     if not ddp.ddp_config.use_distributed_optimizer:
         return
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -110,7 +111,7 @@ def _gather_data_parallel_shards(ddp):
 
 
 def _whole_gradients(model):
-    """Each gradient with its tp shards joined; of replicated weights this rank's own, to be compared on every rank."""
+    """Each gradient with tp shards joined; of replicated weights this rank's own: all are compared."""
     gradients = {name: p.main_grad for name, p in model.named_parameters()}
     group = parallel_state.get_tensor_model_parallel_group()
     shards = [None] * group.size()

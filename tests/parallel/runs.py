@@ -5,12 +5,12 @@ import socket
 from dataclasses import replace
 
 import numpy as np
-import torch.distributed as dist
-
 import tiny
+import torch.distributed as dist
+from ranks import run_on_ranks
+
 from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
-from ranks import run_on_ranks
 
 
 def write_latents(folder, num_samples=24, seed=0):

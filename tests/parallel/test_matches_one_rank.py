@@ -1,17 +1,17 @@
 """Invariant 1: loss, output and every gradient of any layout equal the one-rank run, in fp64 to 1e-10.
 
-`BUGS` are planted one by one, and the comparison must notice each: forward-only equality would miss most of them.
+`BUGS` are planted one by one, and the comparison must notice each: forward-only equality would miss most.
 """
 
 from functools import partial
 
 import pytest
-
 import tiny
+from ranks import run_on_ranks
+
 from nemo_moviegen.recipe import Layout
 from parallel import bugs
 from parallel.layouts import run_step, save_one_rank_weights
-from ranks import run_on_ranks
 
 TOLERANCE = 1e-10  # fp64 leaves thirteen digits between rounding and a bug
 
