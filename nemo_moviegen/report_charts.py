@@ -20,7 +20,7 @@ COLORS = {
 
 
 def read_metrics(run_folder) -> list[dict]:
-    """Rows of the run's metrics.jsonl in step order; of a step logged twice (a resumed run) the later row.
+    """Rows of the run's metrics.jsonl in step order, the lines of one step together, later values winning.
 
     Raises ValueError naming the line that is no JSON object with a step. A torn last line is what a killed
     run leaves: it is dropped.
@@ -33,7 +33,8 @@ def read_metrics(run_folder) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-            rows[int(row["step"])] = row
+            step = int(row["step"])
+            rows[step] = rows.get(step, {}) | row
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break

@@ -181,10 +181,16 @@ def test_unfinished_stages_are_left_out_and_bars_are_relative():
 
 def test_a_resumed_run_counts_each_step_once_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    logged = ['{"step": 1, "train/loss": 4}', '{"step": 2, "train/loss": 3}', '{"step": 2, "train/loss": 2}']
+    logged = [
+        '{"step": 1, "heldout/loss": 5}',
+        '{"step": 1, "train/loss": 4}',
+        '{"step": 2, "train/loss": 3}',
+        '{"step": 2, "train/loss": 2}',
+    ]
     path.write_text("\n".join([*logged, '{"step": 3, "tra']))
     rows = read_metrics(tmp_path)
     assert series(rows, "train/loss") == ([1, 2], [4, 2])
+    assert series(rows, "heldout/loss") == ([1], [5])
     path.write_text('torn\n{"step": 1}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1"):
         read_metrics(tmp_path)
