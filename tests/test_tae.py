@@ -150,6 +150,19 @@ def test_every_parameter_gets_a_gradient():
         assert gradient.abs().amax() > 0, name
 
 
+def test_bfloat16_autocast_gives_nearly_the_same_reconstruction_and_gradients():
+    video = random_video(1, 9, 3, 16, 16).float()
+    gradients = []
+    for enabled in (False, True):
+        model = autoencoder(fresh=False).float()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            latent = model.encode(video).mean_BTCHW
+            rebuilt = model.decode(latent, num_frames=9)
+        losses.squared_error(rebuilt.float(), video).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert F.cosine_similarity(*gradients, dim=0) > 0.98  # bfloat16 keeps 8 bits
+
+
 @pytest.mark.parametrize(
     ("video", "says"),
     [
