@@ -1,6 +1,7 @@
 """The backbone alone: shapes, positions, conditions, errors, and a count that equals the plain numbers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -117,6 +118,26 @@ def test_padding_is_invisible_prompts_are_not_and_samples_do_not_see_each_other(
     assert torch.equal(plain, padded)
     assert (plain - other_prompt).abs().max() > 1e-3
     assert (plain[:1] - alone).abs().max() < 1e-12
+
+
+def test_a_plain_gelu_ffn_has_a_configuration_with_either_kernels():
+    """Megatron refuses its fused GELU without a bias; its fused SwiGLU takes none."""
+    from nemo_moviegen.video.model import video_config
+
+    for fused in (True, False):
+        plain = video_config(sizes.AUDIO_13B, Layout(), "bf16", uses_transformer_engine=fused)
+        gated = video_config(sizes.VIDEO_30B, Layout(), "bf16", uses_transformer_engine=fused)
+        assert not plain.bias_activation_fusion and gated.bias_activation_fusion == fused
+
+
+@pytest.mark.parametrize("precision, on_gpu", [("bf16", True), ("fp32", False), ("fp64", False)])
+def test_transformer_engine_is_for_bf16_on_a_gpu(precision, on_gpu, monkeypatch):
+    from nemo_moviegen.training.run import uses_transformer_engine
+
+    recipe = SimpleNamespace(precision=precision)
+    assert not uses_transformer_engine(recipe)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert uses_transformer_engine(recipe) == on_gpu
 
 
 def _fresh_velocity():

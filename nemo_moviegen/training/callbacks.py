@@ -35,15 +35,19 @@ class Metrics(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.step, self.started = trainer.global_step, time.perf_counter()
+        self.learning_rate = trainer.optimizers[0].param_groups[0][
+            "lr"
+        ]  # the end of the step has the next one
         module.data_seconds = 0.0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if not trainer.is_global_zero:
             return
+        loss = float(outputs["loss"])  # waits for the GPU, so the seconds are the whole step's
         seconds = time.perf_counter() - self.started
         values = {
-            "train/loss": float(outputs["loss"]),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/loss": loss,
+            "train/learning_rate": self.learning_rate,
             "train/is_image": int(self.data.order.kind(self.step) == "image"),
             "speed/step_seconds": seconds,
             "speed/data_seconds": module.data_seconds,

@@ -6,6 +6,7 @@ import time
 import lightning.pytorch as pl
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 
@@ -33,7 +34,11 @@ class FlowMatchingModule(pl.LightningModule):
         self.data_seconds = 0.0
 
     def configure_model(self):
+        """Fresh weights are a function of the recipe's seed, the same on every rank that shares them."""
         if not hasattr(self, "module"):
+            # NeMo seeds with a number of its own. Megatron's is for Transformer Engine's sharded linears
+            model_parallel_cuda_manual_seed(self.recipe.seed)
+            torch.manual_seed(self.recipe.seed)
             self.module = VideoTransformer(self.config)
 
     def data_step(self, dataloader_iter):

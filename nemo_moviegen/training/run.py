@@ -21,7 +21,8 @@ def train(recipe):
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     recipe.num_microbatches(num_ranks)
-    warnings.filterwarnings("ignore")
+    if not os.environ.get("MOVIEGEN_VERBOSE"):
+        warnings.filterwarnings("ignore")
     stand_in_for_cuda()
     from nemo.lightning.callback_group import CallbackGroup
 
@@ -31,7 +32,7 @@ def train(recipe):
     from nemo_moviegen.training.module import FlowMatchingModule
 
     data = LatentDataModule(recipe)
-    module = FlowMatchingModule(recipe, uses_transformer_engine=torch.cuda.is_available())
+    module = FlowMatchingModule(recipe, uses_transformer_engine=uses_transformer_engine(recipe))
     trainer = _trainer(recipe, data, num_ranks)
     _resume(trainer, module, recipe)
     # NeMo's telemetry raises at the first checkpoint of a run that did not come through nemo.collections.llm
@@ -40,6 +41,11 @@ def train(recipe):
         Path(recipe.output, RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
     trainer.fit(module, data)
     return getattr(trainer, "last_metrics", None)
+
+
+def uses_transformer_engine(recipe) -> bool:
+    """Whether the run uses Transformer Engine: its attention is fused, and splits a clip, in bf16 alone."""
+    return torch.cuda.is_available() and recipe.precision == "bf16"
 
 
 def _trainer(recipe, data, num_ranks):

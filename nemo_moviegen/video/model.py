@@ -70,7 +70,8 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         calculate_per_token_loss=True,  # one division, by the tokens of all ranks
         use_cpu_initialization=not uses_transformer_engine,
         gradient_accumulation_fusion=False,  # needs NVIDIA Apex outside Transformer Engine's linears
-        bias_activation_fusion=uses_transformer_engine,
+        bias_activation_fusion=uses_transformer_engine
+        and size.gated_ffn,  # megatron's fused GELU wants a bias
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
     )

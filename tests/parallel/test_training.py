@@ -61,6 +61,7 @@ def losses(folder):
 def test_a_run_takes_images_every_third_step_and_reports_what_it_did(one_rank):
     lines = metrics(one_rank)
     assert [line["train/is_image"] for line in lines] == [0, 0, 1, 0, 0, 1]
+    assert [line["train/learning_rate"] for line in lines] == [1.5e-3] + 5 * [3e-3]  # two steps of warm-up
     for line in lines:
         assert line["speed/tokens_per_second"] * line["speed/step_seconds"] == pytest.approx(
             4 * (8 if line["train/is_image"] else 24)
@@ -107,6 +108,31 @@ def test_the_distributed_optimiser_is_killed_in_a_checkpoint_and_resumes_bit_for
     assert losses(run.output) == losses(uninterrupted.output)
 
 
+def test_fresh_weights_follow_the_seed_and_not_the_layout(tmp_path, latents, start):
+    layout = recipe(tmp_path / "layout", latents, num_steps=1, layout=Layout(tensor=2, **PLAIN))
+    seed = recipe(tmp_path / "seed", latents, num_steps=1, seed=1)
+    train_on_ranks(layout, 2)
+    train_on_ranks(seed, 1)
+    first, same, other = (
+        run_on_ranks(_positions, folder, world_size=1)[0] for folder in (start, layout.output, seed.output)
+    )
+    assert (first - same).abs().max() < 1e-10
+    assert (first - other).abs().max() > 0.02
+
+
+def test_bf16_trains_two_tensor_ranks_near_fp64_and_loads_as_fp32_on_a_cpu(
+    tmp_path, latents, start, one_rank
+):
+    """Bf16 rounds to three digits; megatron's mixed precision keeps main weights and gradients in fp32."""
+    run = recipe(tmp_path, latents, init_from=start, precision="bf16", layout=Layout(tensor=2))
+    train_on_ranks(run, 2)
+    assert losses(run.output) == pytest.approx(losses(one_rank), rel=1e-2)
+    assert losses(run.output) != pytest.approx(losses(one_rank), rel=1e-6)
+    trained, whole = (run_on_ranks(_positions, f, world_size=1)[0] for f in (run.output, one_rank))
+    assert trained.dtype == torch.float32
+    assert (trained - whole).abs().mean() < 2e-3  # six steps of up to 3e-3 each
+
+
 def test_another_layout_resumes_a_run_without_losing_its_place(tmp_path, latents, start, one_rank):
     run = recipe(tmp_path, latents, init_from=start, num_steps=3, precision="fp32", layout=Layout())
     train_on_ranks(run, 2)
@@ -122,6 +148,10 @@ def test_a_finished_run_loads_whole_on_one_process_for_sampling(tmp_path, latent
     assert velocity.abs().max() > 1e-3
     for sharded in run_on_ranks(_velocity_of_loaded, run.output, run.layout, world_size=2):
         assert (sharded - velocity).abs().max() < 1e-10
+
+
+def _positions(folder):
+    return load_video_model(folder)[0].positions.row.data
 
 
 def _velocity_of_loaded(folder, layout):
