@@ -7,7 +7,6 @@ run that was killed goes on with the losses it would have had.
 
 import itertools
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -18,9 +17,9 @@ from nemo_moviegen.flow import draw_noise
 from nemo_moviegen.recipe import TaeRecipe, read_recipe, recipe_yaml
 from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
 from nemo_moviegen.tae.model import TemporalAutoencoder
+from nemo_moviegen.training.record import RECIPE_FILE, quiet
 
 CHECKPOINT_FILE = "last.ckpt"
-RECIPE_FILE = "recipe.yaml"
 
 
 def train_autoencoder(recipe: TaeRecipe) -> dict | None:
@@ -45,7 +44,7 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
 
     from nemo_moviegen.training.autoencoder_module import AutoencoderModule, RunFolder
 
-    warnings.filterwarnings("ignore", module="lightning")  # hints on loaders and workers that are not ours
+    quiet()
     torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     trainer = pl.Trainer(

@@ -16,7 +16,6 @@ speed/data_seconds                                   of it, waiting for the load
 speed/frames_per_second                              frames of the global batch, all ranks
 """
 
-import json
 import math
 import os
 import time
@@ -24,11 +23,11 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nemo_moviegen.tae.losses import squared_error
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE, losses
+from nemo_moviegen.training.record import RunRecord, learning_rate_factor
 
 HELDOUT_CLIPS = 16
 _HELDOUT_BATCH = 4
@@ -71,16 +70,6 @@ class AutoencoderModule(pl.LightningModule):
         self.found["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
 
 
-def learning_rate_factor(step, optim, num_steps) -> float:
-    """Share of the peak at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth."""
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.decay == "constant":
-        return 1.0
-    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
 class RunFolder(pl.Callback):
     """Metrics, a progress bar and checkpoints. A checkpoint appears under its name only when it is whole."""
 
@@ -91,12 +80,7 @@ class RunFolder(pl.Callback):
     def on_train_start(self, trainer, module):
         self.step_start, self.data_seconds, self.unsaved = None, 0.0, False
         if trainer.is_global_zero:
-            self.metrics = _open_after(self.folder / "metrics.jsonl", trainer.global_step)
-            self.bar = _progress_bar()
-            self.task = self.bar.add_task(
-                self.recipe.name, total=trainer.max_steps, completed=trainer.global_step, facts=""
-            )
-            self.bar.start()
+            self.record = RunRecord(self.recipe.name, self.folder, trainer.global_step, trainer.max_steps)
         self.asked = time.perf_counter()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
@@ -159,26 +143,22 @@ class RunFolder(pl.Callback):
             found = heldout_psnr(module.autoencoder, self.data)
             if found:
                 trainer.last_metrics |= found
-                self.metrics.write(json.dumps({"step": step, **found}) + "\n")
+                self.record.write(step, found)
                 trainer.logger.log_metrics(found, step=step)
 
     def _tell(self, trainer, values):
-        self.metrics.write(json.dumps({"step": trainer.global_step, **values}) + "\n")
+        self.record.write(trainer.global_step, values)
         if trainer.global_step % self.recipe.log_every == 0:
             trainer.logger.log_metrics(values, step=trainer.global_step)
         facts = (
             f"l1 {values['train/l1']:.4f}  {values['train/psnr_db']:.1f} dB  "
             f"{values['speed/step_seconds']:.2f} s/step  {values['speed/frames_per_second']:.0f} frames/s"
         )
-        self.bar.update(self.task, completed=trainer.global_step, facts=facts)
-        tenth = max(1, trainer.max_steps // 10)
-        if not self.bar.console.is_terminal and trainer.global_step % tenth == 0:
-            print(f"{self.recipe.name} {trainer.global_step}/{trainer.max_steps}  {facts}", flush=True)
+        self.record.show(trainer.global_step, facts)
 
     def teardown(self, trainer, module, stage):
-        if hasattr(self, "metrics"):
-            self.bar.stop()
-            self.metrics.close()
+        if hasattr(self, "record"):
+            self.record.close()
 
 
 def heldout_psnr(autoencoder, data) -> dict:
@@ -195,25 +175,3 @@ def heldout_psnr(autoencoder, data) -> dict:
             rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1]).clamp(-1, 1)
             errors += [squared_error(r, v) for r, v in zip(rebuilt_BTCHW, video_BTCHW, strict=True)]
     return {"heldout/psnr_db": 10 * math.log10(4 / float(torch.stack(errors).mean()))}
-
-
-def _progress_bar():
-    """A bar in a terminal; elsewhere `_tell` prints a line every tenth of the run."""
-    facts = TextColumn("{task.fields[facts]}")
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), facts, TimeRemainingColumn()
-    )
-
-
-def _open_after(path, step):
-    """The file to append to, without the lines past the checkpoint a run goes on from."""
-    kept = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                break  # the line a killed run was writing
-    path.write_text("".join(kept), encoding="utf-8")
-    return path.open("a", buffering=1, encoding="utf-8")

@@ -11,33 +11,28 @@ speed/data_seconds                                   of it, waiting for the load
 speed/tokens_per_second                              video tokens of the global batch, all ranks
 """
 
-import json
-import os
 import time
-from pathlib import Path
 
 import lightning.pytorch as pl
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nemo_moviegen.training.record import RunRecord
 
 
 class Metrics(pl.Callback):
-    """Writes the table above for every step; rank 0 only."""
+    """Writes the table above for every step and moves the progress bar; rank 0 only."""
 
     def __init__(self, recipe, data):
         self.recipe, self.data = recipe, data
-        self.path = Path(recipe.output) / "metrics.jsonl"
 
     def on_train_start(self, trainer, module):
         if trainer.is_global_zero:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            _forget_after(self.path, trainer.global_step)
-            self.file = self.path.open("a", buffering=1)
+            name, folder = self.recipe.name, self.recipe.output
+            self.record = RunRecord(name, folder, trainer.global_step, trainer.max_steps)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.step, self.started = trainer.global_step, time.perf_counter()
-        self.learning_rate = trainer.optimizers[0].param_groups[0][
-            "lr"
-        ]  # the end of the step has the next one
+        # the step's own: the end of the step has the next one
+        self.learning_rate = trainer.optimizers[0].param_groups[0]["lr"]
         module.data_seconds = 0.0
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
@@ -55,70 +50,17 @@ class Metrics(pl.Callback):
         }
         if "grad_norm" in trainer.callback_metrics:
             values["train/grad_norm"] = float(trainer.callback_metrics["grad_norm"])
-        self.file.write(json.dumps({"step": self.step + 1, **values}) + "\n")
+        self.record.write(trainer.global_step, values)
+        facts = f"loss {loss:.4f}  {seconds:.3f} s/step  {values['speed/tokens_per_second']:,.0f} tokens/s"
+        self.record.show(trainer.global_step, facts)
         trainer.last_metrics = values
         if trainer.global_step % self.recipe.log_every == 0:
             trainer.logger.log_metrics(values, step=trainer.global_step)
 
     def on_train_end(self, trainer, module):
-        if trainer.is_global_zero:
-            self.file.close()
-            if self.data.reader.quarantined:
-                print(f"{self.data.reader.quarantined} damaged samples were left out: see quarantine.jsonl")
+        if trainer.is_global_zero and self.data.reader.quarantined:
+            print(f"{self.data.reader.quarantined} damaged samples were left out: see quarantine.jsonl")
 
-
-class ProgressBar(pl.Callback):
-    """A bar in a terminal, a line every tenth of the run elsewhere; rank 0 only."""
-
-    def __init__(self, recipe):
-        self.recipe = recipe
-
-    def on_train_start(self, trainer, module):
-        if not trainer.is_global_zero:
-            return
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(),
-        )
-        self.task = self.progress.add_task(
-            self.recipe.name, total=trainer.max_steps, completed=trainer.global_step, facts=""
-        )
-        self.progress.start()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if not trainer.is_global_zero:
-            return
-        values = trainer.last_metrics
-        facts = (
-            f"loss {values['train/loss']:.4f}  {values['speed/step_seconds']:.3f} s/step  "
-            f"{values['speed/tokens_per_second']:,.0f} tokens/s"
-        )
-        self.progress.update(self.task, completed=trainer.global_step, facts=facts)
-        if (
-            not self.progress.console.is_terminal
-            and trainer.global_step % max(1, trainer.max_steps // 10) == 0
-        ):
-            print(f"{self.recipe.name} {trainer.global_step}/{trainer.max_steps}  {facts}", flush=True)
-
-    def on_train_end(self, trainer, module):
-        if trainer.is_global_zero:
-            self.progress.stop()
-
-
-def _forget_after(path, step):
-    """Drop lines past the checkpoint a run resumes from: they are written again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            break  # the line a killed run was writing
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    os.replace(part, path)
+    def teardown(self, trainer, module, stage):
+        if hasattr(self, "record"):
+            self.record.close()

@@ -1,6 +1,5 @@
 """Flow matching as NeMo Lightning wants it: model, optimiser, a forward step, a loss reduction (s3.1.2)."""
 
-import math
 import time
 
 import lightning.pytorch as pl
@@ -10,6 +9,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 
+from nemo_moviegen.training.record import learning_rate_factor
 from nemo_moviegen.training.step import mean_loss, noisy_pair, token_loss
 from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
 
@@ -111,16 +111,6 @@ class LearningRate(LRSchedulerModule):
             optimizer, lambda step: learning_rate_factor(step, self.optim, self.num_steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
-
-
-def learning_rate_factor(step, optim, num_steps) -> float:
-    """Share of the peak rate at `step` (0 is the first): linear warm-up, then flat or cosine to a tenth."""
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.decay == "constant":
-        return 1.0
-    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def _is_not_a_matrix(name, parameter):

@@ -1,15 +1,14 @@
 """`train(recipe)`: one training run through NeMo Lightning, resumed from its own folder if that holds one."""
 
-import logging
 import os
-import warnings
 from pathlib import Path
 
 import torch
 
 from nemo_moviegen.recipe import recipe_yaml
-from nemo_moviegen.training.checkpoint import RECIPE_FILE, last_checkpoint
+from nemo_moviegen.training.checkpoint import last_checkpoint
 from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
+from nemo_moviegen.training.record import RECIPE_FILE, quiet
 
 
 def train(recipe):
@@ -21,13 +20,12 @@ def train(recipe):
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     recipe.num_microbatches(num_ranks)
-    if not os.environ.get("MOVIEGEN_VERBOSE"):
-        warnings.filterwarnings("ignore")
+    quiet()
     stand_in_for_cuda()
     from nemo.lightning.callback_group import CallbackGroup
 
     stand_in_for_cuda_in_nemo()
-    _quiet()
+    quiet()  # NeMo sets up its own logger when it is imported
     from nemo_moviegen.training.data import LatentDataModule
     from nemo_moviegen.training.module import FlowMatchingModule
 
@@ -53,7 +51,7 @@ def _trainer(recipe, data, num_ranks):
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-    from nemo_moviegen.training.callbacks import Metrics, ProgressBar
+    from nemo_moviegen.training.callbacks import Metrics
     from nemo_moviegen.training.strategy import RunCheckpoint, strategy
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -69,7 +67,7 @@ def _trainer(recipe, data, num_ranks):
         max_steps=recipe.num_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        callbacks=[Metrics(recipe, data), ProgressBar(recipe), RunCheckpoint(recipe)],
+        callbacks=[Metrics(recipe, data), RunCheckpoint(recipe)],
         logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
         log_every_n_steps=recipe.log_every,
         enable_progress_bar=False,
@@ -94,15 +92,3 @@ def _resume(trainer, module, recipe):
         else None
     )
     nl.AutoResume(resume_from_path=str(own) if own else None, restore_config=restore).setup(trainer, module)
-
-
-def _quiet():
-    """Start-up chatter of four libraries drowns what an operator needs; MOVIEGEN_VERBOSE=1 brings it back."""
-    if os.environ.get("MOVIEGEN_VERBOSE"):
-        return
-    from nemo.utils import logging as nemo_logging
-
-    nemo_logging.setLevel(logging.ERROR)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for megatron's checkpoint processes
-    for name in ("megatron", "lightning", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "torch"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,89 @@
+"""What every training run shares: learning rate, metrics file, progress bar, quiet libraries.
+
+Imports neither Lightning nor NeMo.
+"""
+
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
+VERBOSE = "MOVIEGEN_VERBOSE"
+"""Environment variable that brings back what the libraries say at start-up."""
+_CHATTERERS = ("megatron", "lightning", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "torch")
+
+
+def quiet():
+    """Errors only from the libraries: their start-up chatter drowns what an operator needs to see."""
+    if os.environ.get(VERBOSE):
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # for the processes megatron's checkpoints start
+    for name in _CHATTERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if "nemo.utils" in sys.modules:
+        sys.modules["nemo.utils"].logging.setLevel(logging.ERROR)
+
+
+def learning_rate_factor(step, optim, num_steps) -> float:
+    """Share of the peak at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.decay == "constant":
+        return 1.0
+    progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class RunRecord:
+    """metrics.jsonl, a line a step, and a progress bar: in no terminal, a line every tenth of the run.
+
+    A run that resumes at `first_step` first forgets the lines past it: it writes them again.
+    """
+
+    def __init__(self, name, folder, first_step, num_steps):
+        self.name, self.num_steps = name, num_steps
+        self._file = _open_after(Path(folder) / METRICS_FILE, first_step)
+        facts = TextColumn("{task.fields[facts]}")
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), facts, TimeRemainingColumn()
+        )
+        self._task = self._bar.add_task(name, total=num_steps, completed=first_step, facts="")
+        self._bar.start()
+
+    def write(self, step, values):
+        """Append `values` (numbers by name) as the line of `step`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def show(self, step, facts):
+        """Move the bar to `step`, with `facts` beside it."""
+        self._bar.update(self._task, completed=step, facts=facts)
+        if not self._bar.console.is_terminal and step % max(1, self.num_steps // 10) == 0:
+            print(f"{self.name} {step}/{self.num_steps}  {facts}", flush=True)
+
+    def close(self):
+        """Stop the bar, close the file; a second call does nothing."""
+        self._bar.stop()
+        self._file.close()
+
+
+def _open_after(path, step):
+    """The file to append to, without the lines past `step`."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break  # the line a killed run was writing
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(kept), encoding="utf-8")
+    return path.open("a", buffering=1, encoding="utf-8")
