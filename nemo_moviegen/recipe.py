@@ -211,6 +211,12 @@ class VideoRecipe(Recipe):
                 f"{ranks // self.layout.context}: use a bucket whose tokens divide by {ranks}, or a smaller "
                 "layout"
             )
+        if self.precision == "bf16" and self.layout.context > 1 and tokens % (2 * self.layout.context):
+            raise ValueError(
+                f"{self.name}: {tokens} tokens leave an odd number to each of context {self.layout.context} "
+                f"ranks, which Transformer Engine (bf16) refuses: use a bucket whose tokens divide "
+                f"by {2 * self.layout.context}, or another layout.context"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

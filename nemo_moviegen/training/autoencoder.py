@@ -14,10 +14,10 @@ import torch
 from nemo_moviegen.data.clips import read_manifest, sample_id
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.flow import draw_noise
-from nemo_moviegen.recipe import TaeRecipe, read_recipe, recipe_yaml
+from nemo_moviegen.recipe import TaeRecipe, read_recipe
 from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
 from nemo_moviegen.tae.model import TemporalAutoencoder
-from nemo_moviegen.training.record import RECIPE_FILE, quiet
+from nemo_moviegen.training.record import RECIPE_FILE, quiet, write_recipe
 
 CHECKPOINT_FILE = "last.ckpt"
 
@@ -64,8 +64,7 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
         use_distributed_sampler=False,
     )
     if rank == 0:
-        Path(recipe.output).mkdir(parents=True, exist_ok=True)
-        Path(recipe.output, RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+        write_recipe(recipe)
     trainer.fit(AutoencoderModule(recipe, data.sample_ids), data, ckpt_path=checkpoint)
     return getattr(trainer, "last_metrics", None)
 

@@ -4,8 +4,9 @@ A checkpoint counts once NeMo has removed its unfinished marker, so a run killed
 the checkpoint before.
 """
 
+import os
 import tempfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,38 @@ def last_checkpoint(run_folder):
         ):
             found[int(number)] = folder
     return found[max(found)] if found else None
+
+
+def starting_checkpoints(recipe):
+    """(this run's newest checkpoint, that of `init_from`): at most one is not None, and its weights fit.
+
+    ValueError where `init_from` holds no finished checkpoint, or a run holds a model of another size.
+    """
+    own = last_checkpoint(recipe.output)
+    if own:
+        _check_same_size(recipe, recipe.output, "set another output, or remove that folder")
+        return own, None
+    if not recipe.init_from:
+        return None, None
+    other = last_checkpoint(recipe.init_from)
+    if other is None:
+        raise ValueError(f"init_from={recipe.init_from} holds no finished checkpoint; train that run first")
+    _check_same_size(recipe, recipe.init_from, "set another init_from (empty = fresh weights)")
+    return None, other
+
+
+def _check_same_size(recipe, folder, what_to_change):
+    theirs = read_recipe(Path(folder, RECIPE_FILE))
+    theirs = asdict(theirs.size) if isinstance(theirs, VideoRecipe) else {}
+    different = [
+        f"{name} {theirs.get(name)} instead of {value}"
+        for name, value in asdict(recipe.size).items()
+        if name != "name" and theirs.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds another model than {recipe.name}: {'; '.join(different)}; {what_to_change}"
+        )
 
 
 def load_video_model(run_folder, layout=None):
@@ -80,6 +113,8 @@ def join_process_groups(layout):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this stage runs in one process, and a launcher started several: start it alone")
         store = tempfile.mkdtemp()
         torch.distributed.init_process_group(
             "nccl" if torch.cuda.is_available() else "gloo",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nemo_moviegen.recipe import recipe_yaml
+
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 VERBOSE = "MOVIEGEN_VERBOSE"
@@ -30,6 +32,15 @@ def quiet():
         logging.getLogger(name).setLevel(logging.ERROR)
     if "nemo.utils" in sys.modules:
         sys.modules["nemo.utils"].logging.setLevel(logging.ERROR)
+
+
+def write_recipe(recipe):
+    """Put the recipe into its run folder, whole or not at all."""
+    path = Path(recipe.output, RECIPE_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(RECIPE_FILE + ".part")
+    part.write_text(recipe_yaml(recipe), encoding="utf-8")
+    os.replace(part, path)
 
 
 def learning_rate_factor(step, optim, num_steps) -> float:

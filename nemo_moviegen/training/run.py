@@ -1,14 +1,13 @@
 """`train(recipe)`: one training run through NeMo Lightning, resumed from its own folder if that holds one."""
 
+import importlib.util
 import os
-from pathlib import Path
 
 import torch
 
-from nemo_moviegen.recipe import recipe_yaml
-from nemo_moviegen.training.checkpoint import last_checkpoint
+from nemo_moviegen.training.checkpoint import starting_checkpoints
 from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
-from nemo_moviegen.training.record import RECIPE_FILE, quiet
+from nemo_moviegen.training.record import quiet, write_recipe
 
 
 def train(recipe):
@@ -19,7 +18,10 @@ def train(recipe):
     is built.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
+        raise ValueError(f"{num_ranks} ranks and no LOCAL_WORLD_SIZE: start each node's ranks with torchrun")
     recipe.num_microbatches(num_ranks)
+    own, other = starting_checkpoints(recipe)
     quiet()
     stand_in_for_cuda()
     from nemo.lightning.callback_group import CallbackGroup
@@ -32,18 +34,27 @@ def train(recipe):
     data = LatentDataModule(recipe)
     module = FlowMatchingModule(recipe, uses_transformer_engine=uses_transformer_engine(recipe))
     trainer = _trainer(recipe, data, num_ranks)
-    _resume(trainer, module, recipe)
+    _resume(trainer, module, recipe, own, other)
     # NeMo's telemetry raises at the first checkpoint of a run that did not come through nemo.collections.llm
     CallbackGroup.get_instance().update_config(nemo_version="v2", trainer=trainer, data=data)
     if int(os.environ.get("RANK", 0)) == 0:
-        Path(recipe.output, RECIPE_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
+        write_recipe(recipe)
     trainer.fit(module, data)
     return getattr(trainer, "last_metrics", None)
 
 
 def uses_transformer_engine(recipe) -> bool:
-    """Whether the run uses Transformer Engine: its attention is fused, and splits a clip, in bf16 alone."""
-    return torch.cuda.is_available() and recipe.precision == "bf16"
+    """Whether the run uses Transformer Engine: its attention is fused, and splits a clip, in bf16 alone.
+
+    ValueError where it should and is not installed.
+    """
+    wanted = torch.cuda.is_available() and recipe.precision == "bf16"
+    if wanted and importlib.util.find_spec("transformer_engine") is None:
+        raise ValueError(
+            f"{recipe.name} trains in bf16 on a GPU, which takes Transformer Engine; it is not installed: "
+            "pip install -r requirements-gpu.txt, or set precision=fp32"
+        )
+    return wanted
 
 
 def _trainer(recipe, data, num_ranks):
@@ -76,19 +87,14 @@ def _trainer(recipe, data, num_ranks):
     )
 
 
-def _resume(trainer, module, recipe):
-    """From this run's newest checkpoint, or with the weights of `init_from`, or afresh."""
+def _resume(trainer, module, recipe, own, other):
+    """From this run's newest checkpoint `own`, or with the weights of `other`, or afresh."""
     import nemo.lightning as nl
 
     state = nl.NeMoLogger(explicit_log_dir=recipe.output, update_logger_directory=False).setup(trainer)
     state.files_to_move = []  # a resumed run goes on in its own files
-    own = last_checkpoint(recipe.output)
-    other = last_checkpoint(recipe.init_from) if recipe.init_from and not own else None
-    if recipe.init_from and not own and not other:
-        raise ValueError(f"init_from={recipe.init_from} holds no finished checkpoint; train that run first")
-    restore = (
-        nl.RestoreConfig(path=str(other / "weights"), load_optim_state=False, load_artifacts=False)
-        if other
-        else None
-    )
+    restore = None
+    if other:
+        weights = str(other / "weights")
+        restore = nl.RestoreConfig(path=weights, load_optim_state=False, load_artifacts=False)
     nl.AutoResume(resume_from_path=str(own) if own else None, restore_config=restore).setup(trainer, module)

@@ -26,7 +26,6 @@ def strategy(recipe) -> nl.MegatronStrategy:
         ),
         ckpt_async_save=False,
         ckpt_optim_fully_reshardable=True,  # another layout may resume
-        gradient_as_bucket_view=True,
     )
     # NeMo's progress printer gathers megatron's timers on rank 0 alone: gloo deadlocks at the next collective
     result.timers = None
