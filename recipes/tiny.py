@@ -34,8 +34,8 @@ def tae() -> TaeRecipe:
         micro_batch=2,
         image_steps=100,
         image_batch=16,
-        num_steps=700,
-        squared_error_steps=500,
+        num_steps=600,
+        squared_error_steps=430,
         kl_weight=1e-4,
         outlier_weight=1.0,  # from fresh weights on, enough to hold the penalty at zero
         precision="fp32",
@@ -58,10 +58,10 @@ def t2i() -> VideoRecipe:
         optim=Optim(learning_rate=1e-3, warmup_steps=50, weight_decay=0.0, beta2=0.99),
         global_batch=32,
         micro_batch=16,
-        num_steps=500,
+        num_steps=400,
         precision="fp32",
         output="out/demo/t2i",
-        save_every=250,
+        save_every=200,
         guidance_scale=3.0,
     )
 
@@ -74,8 +74,9 @@ def t2iv() -> VideoRecipe:
         name="tiny.t2iv",
         data=replace(base.data, image_every=11),
         latent_frames=2,
-        num_steps=2000,
+        optim=replace(base.optim, decay="cosine"),
+        num_steps=1200,
         output="out/demo/t2iv",
-        save_every=1000,
+        save_every=600,
         init_from="out/demo/t2i",
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from nemo_moviegen.recipe import Layout, VideoRecipe, read_recipe
-from nemo_moviegen.training.record import RECIPE_FILE
+from nemo_moviegen.training.record import RECIPE_FILE, quiet
 
 CHECKPOINTS = "checkpoints"
 
@@ -88,6 +88,7 @@ def load_video_model(run_folder, layout=None):
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     on_gpu = torch.cuda.is_available()
+    quiet()
     stand_in_for_cuda()
     from megatron.core import dist_checkpointing
 
