@@ -251,7 +251,7 @@ def make_on_rank(folders, output):
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     stand_in_for_cuda()
-    nemo_moviegen.training.checkpoint.join_one_process_groups()
+    nemo_moviegen.training.checkpoint.join_process_groups(Layout())
     from nemo_moviegen.video.model import VideoTransformer, video_config
 
     torch.manual_seed(0)
