@@ -103,11 +103,15 @@ def test_ranks_started_without_torchrun_and_lone_stages_among_ranks_are_refused(
 
 
 def test_bf16_on_a_gpu_asks_for_transformer_engine(monkeypatch):
+    bf16 = SimpleNamespace(name="test", precision="bf16")
+    assert not uses_transformer_engine(bf16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert uses_transformer_engine(bf16)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not uses_transformer_engine(SimpleNamespace(precision="fp32"))
     with pytest.raises(ValueError, match=r"requirements-gpu\.txt, or set precision=fp32"):
-        uses_transformer_engine(SimpleNamespace(name="test", precision="bf16"))
+        uses_transformer_engine(bf16)
 
 
 def test_odd_pieces_are_refused_where_transformer_engine_would_refuse_them(tmp_path):

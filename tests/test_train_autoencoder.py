@@ -14,7 +14,12 @@ from nemo_moviegen.data.clips import write_manifest
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.recipe import AutoencoderSize, Bucket, ClipData, Optim, TaeRecipe, read_recipe
 from nemo_moviegen.training import autoencoder as training
-from nemo_moviegen.training.autoencoder import TrainingClips, load_autoencoder, train_autoencoder
+from nemo_moviegen.training.autoencoder import (
+    CHECKPOINT_FILE,
+    TrainingClips,
+    load_autoencoder,
+    train_autoencoder,
+)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +99,14 @@ def test_a_run_killed_after_a_checkpoint_goes_on_with_the_same_losses(manifest, 
         raise KeyboardInterrupt("killed")
 
     real, writes = os.replace, []
+
+    def replace_once(part, path):
+        if path.name == CHECKPOINT_FILE:
+            writes.append(path)
+        return die() if len(writes) == 2 else real(part, path)
+
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *paths: die() if writes else (writes.append(paths), real(*paths)))
+        patch.setattr(os, "replace", replace_once)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             train_autoencoder(small_recipe(manifest, killed))
     assert [row["step"] for row in metrics(killed)[0]] == [1, 2, 3, 4, 5, 6]

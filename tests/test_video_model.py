@@ -1,7 +1,6 @@
 """The backbone alone: shapes, positions, conditions, errors, and a count that equals the plain numbers."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -128,16 +127,6 @@ def test_a_plain_gelu_ffn_has_a_configuration_with_either_kernels():
         plain = video_config(sizes.AUDIO_13B, Layout(), "bf16", uses_transformer_engine=fused)
         gated = video_config(sizes.VIDEO_30B, Layout(), "bf16", uses_transformer_engine=fused)
         assert not plain.bias_activation_fusion and gated.bias_activation_fusion == fused
-
-
-@pytest.mark.parametrize("precision, on_gpu", [("bf16", True), ("fp32", False), ("fp64", False)])
-def test_transformer_engine_is_for_bf16_on_a_gpu(precision, on_gpu, monkeypatch):
-    from nemo_moviegen.training.run import uses_transformer_engine
-
-    recipe = SimpleNamespace(precision=precision)
-    assert not uses_transformer_engine(recipe)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert uses_transformer_engine(recipe) == on_gpu
 
 
 def _fresh_velocity():
