@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_imports import HEAVY
 
 import recipes
 from nemo_moviegen import __main__ as cli
@@ -15,17 +16,6 @@ from nemo_moviegen.arguments import parse
 from nemo_moviegen.launch import check_inputs, launch
 
 MOVIEGEN = (sys.executable, "-m", "nemo_moviegen")
-HEAVY = (
-    "torch",
-    "numpy",
-    "nemo",
-    "megatron",
-    "lightning",
-    "transformers",
-    "nvidia",
-    "nemo_run",
-    "matplotlib",
-)
 
 
 @pytest.fixture(autouse=True)

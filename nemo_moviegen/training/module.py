@@ -48,22 +48,14 @@ class FlowMatchingModule(pl.LightningModule):
         self.data_seconds += time.perf_counter() - started
         return batch.to(torch.cuda.current_device(), self.data_dtype)
 
-    def forward_step(self, batch):
+    def training_step(self, batch, batch_idx=None):
         """(velocity tokens of this rank, whole velocity target) of one micro-batch."""
         x_BTCHW, target_BTCHW, t_B = noisy_pair(batch, self.recipe.seed)
         return self.module(x_BTCHW, t_B, batch.contexts, batch.masks), target_BTCHW
 
-    def training_step(self, batch, batch_idx=None):
-        return self.forward_step(batch)
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
     @property
-    def training_loss_reduction(self):
+    def loss_reduction(self):
         return FlowMatchingLoss(self.config)
-
-    validation_loss_reduction = training_loss_reduction
 
 
 class FlowMatchingLoss(MegatronLossReduction):
