@@ -81,10 +81,11 @@ def curves_svg(title, curves, label) -> bytes:
             window = len(values) // 20 | 1  # odd
             if window > 1:
                 means = running_mean(values, window)
+                whole = slice(window // 2, len(values) - window // 2)  # at the ends few values make a jump
                 axes.plot(thinned(steps), thinned(values), color=raw, linewidth=0.8, alpha=0.7)
                 axes.plot(
-                    thinned(steps),
-                    thinned(means),
+                    thinned(steps[whole]),
+                    thinned(means[whole]),
                     color=smooth,
                     linewidth=2,
                     label=f"{name}, mean of {window}",
