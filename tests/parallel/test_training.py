@@ -6,6 +6,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -106,6 +107,22 @@ def test_the_distributed_optimiser_is_killed_in_a_checkpoint_and_resumes_bit_for
     assert len(losses(run.output)) > 3
     train_on_ranks(run, 2)
     assert losses(run.output) == losses(uninterrupted.output)
+
+
+def test_a_damaged_sample_is_named_and_training_goes_on_alike_on_all_ranks(tmp_path, start):
+    write_latents(tmp_path / "latents")
+    index = pq.read_table(tmp_path / "latents" / "index.parquet").to_pylist()
+    damaged = next(row for row in index if row["latent_frames"] > 1)
+    with open(tmp_path / "latents" / damaged["shard"], "r+b") as shard:
+        shard.seek(damaged["offset"] + damaged["nbytes"] // 2)
+        shard.write(b"\xff" * 64)
+    one = recipe(tmp_path / "one", tmp_path / "latents", init_from=start)  # four batches: all sixteen clips
+    two = replace(one, output=str(tmp_path / "two"), layout=Layout(tensor=2, **PLAIN))
+    train_on_ranks(one, 1)
+    train_on_ranks(two, 2)
+    assert losses(two.output) == pytest.approx(losses(one.output), rel=0, abs=1e-9)
+    (line,) = map(json.loads, (tmp_path / "one" / "quarantine.jsonl").read_text().splitlines())
+    assert line["clip_id"] == damaged["clip_id"] and "checksum does not match" in line["reason"]
 
 
 def test_fresh_weights_follow_the_seed_and_not_the_layout(tmp_path, latents, start):
