@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a forked rank hangs in its parent's tokenizer threads
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
