@@ -270,5 +270,8 @@ def test_a_batch_refuses_what_the_recipe_does_not_take():
         collate([sample, a_sample(5, frames=1)], [0, 0], CONTEXTS)
     with pytest.raises(ValueError, match="1 samples and 2 epochs"):
         collate([sample], [0, 0], CONTEXTS)
+    mute = replace(sample, contexts={name: text[:0] for name, text in sample.contexts.items()})
+    with pytest.raises(ValueError, match="clip4 has no text token of any encoder"):
+        collate([a_sample(1), mute], [0, 0], CONTEXTS)
     with pytest.raises(ValueError, match="pad is 'short'"):
         collate([sample], [0], CONTEXTS, pad="short")

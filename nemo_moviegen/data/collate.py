@@ -24,6 +24,7 @@ def collate(
         )
     _check_latents(samples, latent_channels)
     padded = [_pad(samples, size, pad) for size in context_sizes]
+    _check_text(samples, [mask_BL for _, mask_BL in padded])
     return VideoBatch(
         latent_BTCHW=torch.from_numpy(np.stack([sample.latent_TCHW for sample in samples])).to(dtype),
         contexts=tuple(torch.from_numpy(features_BLD).to(dtype) for features_BLD, _ in padded),
@@ -47,6 +48,16 @@ def _check_latents(samples, latent_channels):
             f"{first.clip_id} has {channels} latent channels, the model takes {latent_channels}: "
             f"set size.input_channels={channels} size.output_channels={channels}, or encode again"
         )
+
+
+def _check_text(samples, masks):
+    """Attention over no key at all is undefined: kernels return anything from zeros to NaN."""
+    for row, sample in enumerate(samples):
+        if masks and not any(mask_BL[row].any() for mask_BL in masks):
+            raise ValueError(
+                f"{sample.clip_id} has no text token of any encoder, not even of an empty prompt: "
+                "run `moviegen encode` again"
+            )
 
 
 def _pad(samples, size, pad):
