@@ -19,7 +19,18 @@ METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 VERBOSE = "MOVIEGEN_VERBOSE"
 """Environment variable that brings back what the libraries say at start-up."""
-_CHATTERERS = ("megatron", "lightning", "lightning.pytorch", "lightning.fabric", "nv_one_logger", "torch")
+_CHATTERERS = (
+    "lightning",
+    "lightning.fabric",
+    "lightning.pytorch",
+    "lightning_fabric",
+    "lightning_utilities",
+    "megatron",
+    "NeMo",
+    "nv_one_logger",
+    "pytorch_lightning",
+    "torch",
+)
 
 
 def quiet():
