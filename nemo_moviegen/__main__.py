@@ -203,9 +203,9 @@ def _say(error):
 
 def _bucket(options):
     """The autoencoder's own bucket, with what the options change."""
-    from nemo_moviegen.recipe import read_recipe
+    from nemo_moviegen.recipe import RECIPE_FILE, read_recipe
 
-    file = Path(options.autoencoder) / "recipe.yaml"
+    file = Path(options.autoencoder) / RECIPE_FILE
     if not file.is_file():
         raise ValueError(f"{options.autoencoder} is no run folder of an autoencoder: it holds no recipe.yaml")
     bucket = getattr(read_recipe(file).data, "bucket", None)

@@ -173,21 +173,20 @@ def pad_contexts(features, context_sizes, device=None):
     `features` holds one dict a prompt of encoder name -> real tokens [L, width]; padding is zero and masked.
     ValueError where a feature is wider or longer than the model takes.
     """
+    from nemo_moviegen.data.collate import pad_features
+
     contexts, masks = [], []
     for size in context_sizes:
-        context = torch.zeros(len(features), size.max_tokens, size.width)
-        mask = torch.zeros(len(features), size.max_tokens, dtype=torch.bool)
-        for row, feature in enumerate(features):
-            tokens = torch.as_tensor(feature[size.name]).float()
-            if tokens.ndim != 2 or tokens.shape[1] != size.width or len(tokens) > size.max_tokens:
+        tokens = [feature[size.name] for feature in features]
+        for tokens_LD in tokens:
+            if tokens_LD.ndim != 2 or tokens_LD.shape[1] != size.width or len(tokens_LD) > size.max_tokens:
                 raise ValueError(
-                    f"features of {size.name} have shape {list(tokens.shape)}, the model takes [up to "
+                    f"features of {size.name} have shape {list(tokens_LD.shape)}, the model takes [up to "
                     f"{size.max_tokens}, {size.width}]: use the encoders and latents it was trained with"
                 )
-            context[row, : len(tokens)] = tokens
-            mask[row, : len(tokens)] = True
-        contexts.append(context.to(device))
-        masks.append(mask.to(device))
+        context, mask = pad_features(tokens, size.max_tokens, size.width)
+        contexts.append(torch.from_numpy(context).to(device))
+        masks.append(torch.from_numpy(mask).to(device))
     return tuple(contexts), tuple(masks)
 
 
@@ -251,9 +250,9 @@ def check_folder(kind, folder):
 
 def check_fits(run_folder, latent_THW):
     """ValueError where the run's recipe is missing or its position tables are smaller than the latent."""
-    from nemo_moviegen.recipe import VideoRecipe, read_recipe
+    from nemo_moviegen.recipe import RECIPE_FILE, VideoRecipe, read_recipe
 
-    path = Path(run_folder) / "recipe.yaml"
+    path = Path(run_folder) / RECIPE_FILE
     if not path.is_file():
         raise ValueError(f"{run_folder} holds no recipe.yaml: it is not the output folder of a training run")
     recipe = read_recipe(path)

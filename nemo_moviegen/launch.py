@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
-from nemo_moviegen.recipe import TaeRecipe, recipe_yaml
+from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
 
 LAUNCH_FILE = "launch.yaml"
 """In the output folder: the recipe as it was asked for, which the started ranks read."""
@@ -57,8 +57,8 @@ def check_inputs(recipe):
             f"{recipe.name} reads the latents of {recipe.data.folder}, which holds no index.parquet: "
             f"write them with `moviegen encode`, or set data.folder"
         )
-    resumes = (Path(recipe.output) / "recipe.yaml").is_file()
-    if recipe.init_from and not resumes and not (Path(recipe.init_from) / "recipe.yaml").is_file():
+    resumes = (Path(recipe.output) / RECIPE_FILE).is_file()
+    if recipe.init_from and not resumes and not (Path(recipe.init_from) / RECIPE_FILE).is_file():
         raise ValueError(
             f"{recipe.name} starts from the run in {recipe.init_from}, which holds no recipe.yaml: "
             f"train that stage first, or set init_from (empty = fresh weights)"

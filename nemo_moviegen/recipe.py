@@ -12,6 +12,11 @@ from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
 
+RECIPE_FILE = "recipe.yaml"
+"""In the folder of every run: its recipe."""
+METRICS_FILE = "metrics.jsonl"
+"""Beside it: what the run measured, a line a step."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:

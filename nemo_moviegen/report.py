@@ -12,7 +12,8 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
-from nemo_moviegen.report_charts import LABELS, METRICS_FILE, curves_svg, read_metrics, series
+from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
+from nemo_moviegen.report_charts import LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
 
 RUNS = {"tae": "Autoencoder", "t2i": "Text to image", "t2iv": "Text to image and video"}
@@ -44,7 +45,7 @@ def write_report(demo_folder, output_html) -> Path:
         raise ValueError(f"{demo} holds none of {', '.join(rooms)}: give the folder of a demo that has run")
     stages = read_stages(demo)
     metrics = {run: read_metrics(demo / run) for run in RUNS if (demo / run / METRICS_FILE).is_file()}
-    recipes = {run: (demo / run / "recipe.yaml") for run in RUNS}
+    recipes = {run: (demo / run / RECIPE_FILE) for run in RUNS}
     page = {
         "title": "Movie Gen demo: from raw video to a prompted sample",
         "subtitle": f"{machine()['processor']}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",

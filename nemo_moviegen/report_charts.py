@@ -4,7 +4,8 @@ import io
 import json
 from pathlib import Path
 
-METRICS_FILE = "metrics.jsonl"
+from nemo_moviegen.recipe import METRICS_FILE
+
 LABELS = {
     "loss": "squared velocity error",
     "l1": "L1 error (range -1 to 1)",

@@ -9,14 +9,14 @@ import pytest
 import tiny
 import torch
 
-from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe, read_recipe
+from nemo_moviegen.recipe import METRICS_FILE, LatentData, Layout, Optim, VideoRecipe, read_recipe
 from nemo_moviegen.training.checkpoint import (
     join_process_groups,
     last_checkpoint,
     load_video_model,
     starting_checkpoints,
 )
-from nemo_moviegen.training.record import METRICS_FILE, RunRecord, learning_rate_factor, write_recipe
+from nemo_moviegen.training.record import RunRecord, learning_rate_factor, write_recipe
 from nemo_moviegen.training.run import train, uses_transformer_engine
 
 

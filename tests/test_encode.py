@@ -15,12 +15,11 @@ from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.encode import encode, heldout_folder
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.recipe import AutoencoderSize, Bucket, recipe_yaml
+from nemo_moviegen.recipe import RECIPE_FILE, AutoencoderSize, Bucket, recipe_yaml
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE
-from nemo_moviegen.training.record import RECIPE_FILE
 from recipes import tiny
 
 CONTEXTS = VIDEO_TINY.contexts

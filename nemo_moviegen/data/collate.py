@@ -82,8 +82,13 @@ def _pad(samples, size, pad):
             )
         features.append(features_LD)
     length = size.max_tokens if pad == "max" else max(1, *(len(f) for f in features))
-    features_BLD = np.zeros((len(samples), length, size.width), np.float32)
-    mask_BL = np.zeros((len(samples), length), bool)
+    return pad_features(features, length, size.width)
+
+
+def pad_features(features, length, width):
+    """Features [L, width], L up to `length`, as float32 [B, length, width] and bool mask [B, length]."""
+    features_BLD = np.zeros((len(features), length, width), np.float32)
+    mask_BL = np.zeros((len(features), length), bool)
     for row, features_LD in enumerate(features):
         features_BLD[row, : len(features_LD)] = features_LD
         mask_BL[row, : len(features_LD)] = True

@@ -14,10 +14,10 @@ import torch
 from nemo_moviegen.data.clips import read_manifest, sample_id
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.flow import draw_noise
-from nemo_moviegen.recipe import TaeRecipe, read_recipe
+from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, read_recipe
 from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
 from nemo_moviegen.tae.model import TemporalAutoencoder
-from nemo_moviegen.training.record import RECIPE_FILE, quiet, write_recipe
+from nemo_moviegen.training.record import quiet, write_recipe
 
 CHECKPOINT_FILE = "last.ckpt"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from nemo_moviegen.recipe import Layout, VideoRecipe, read_recipe
-from nemo_moviegen.training.record import RECIPE_FILE, quiet
+from nemo_moviegen.recipe import RECIPE_FILE, Layout, VideoRecipe, read_recipe
+from nemo_moviegen.training.record import quiet
 
 CHECKPOINTS = "checkpoints"
 

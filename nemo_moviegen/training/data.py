@@ -20,11 +20,8 @@ class MicroBatches(torch.utils.data.IterableDataset):
     `copy` of `num_copies` counts data-parallel copies; ranks of one copy (tp, cp) get the same samples.
     """
 
-    def __init__(self, reader, recipe, copy, num_copies, first_step):
-        self.reader, self.recipe, self.first_step = reader, recipe, first_step
-        self.order = BatchOrder(
-            reader.latent_shapes, recipe.global_batch, recipe.seed, recipe.data.image_every
-        )
+    def __init__(self, reader, order, recipe, copy, num_copies, first_step):
+        self.reader, self.order, self.recipe, self.first_step = reader, order, recipe, first_step
         share = recipe.global_batch // num_copies
         self.own = slice(copy * share, (copy + 1) * share)
 
@@ -82,6 +79,7 @@ class LatentDataModule(pl.LightningDataModule):
 
         batches = MicroBatches(
             self.reader,
+            self.order,
             self.recipe,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),

@@ -13,10 +13,8 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nemo_moviegen.recipe import recipe_yaml
+from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE, recipe_yaml
 
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
 VERBOSE = "MOVIEGEN_VERBOSE"
 """Environment variable that brings back what the libraries say at start-up."""
 _CHATTERERS = (
