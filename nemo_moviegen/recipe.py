@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nemo_moviegen.layout import Layout as Layout  # a recipe's field
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
@@ -16,39 +17,6 @@ RECIPE_FILE = "recipe.yaml"
 """In the folder of every run: its recipe."""
 METRICS_FILE = "metrics.jsonl"
 """Beside it: what the run measured, a line a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How one model is spread over ranks (s3.1.6). Data parallel takes what tensor * context leaves."""
-
-    tensor: int = 1
-    """Ranks that share the matrices of a layer."""
-    context: int = 1
-    """Ranks that share the tokens of one clip, also inside attention."""
-    sequence: bool = True
-    """Split norms and residuals over the tensor ranks too (SP); no effect with tensor = 1."""
-    distributed_optimizer: bool = True
-    """Shard optimiser states over data parallel."""
-
-    def __post_init__(self):
-        for axis in ("tensor", "context"):
-            if getattr(self, axis) < 1:
-                raise ValueError(f"layout.{axis} is {getattr(self, axis)}; it counts ranks, use 1 or more")
-
-    @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one copy of the model and one clip."""
-        return self.tensor * self.context
-
-    def data_parallel(self, num_ranks: int) -> int:
-        """Copies of the model on `num_ranks`; ValueError if the layout does not divide them."""
-        if num_ranks < 1 or num_ranks % self.model_ranks:
-            raise ValueError(
-                f"{num_ranks} ranks do not split into tensor {self.tensor} x context {self.context}: "
-                f"use a multiple of {self.model_ranks} ranks or a smaller layout"
-            )
-        return num_ranks // self.model_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

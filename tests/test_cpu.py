@@ -33,7 +33,9 @@ def test_cuda_names_answer_for_the_cpu():
     assert torch.zeros(1).type() == torch.zeros(1).double().type() == "torch.cuda.FloatTensor"
     assert torch.zeros(1).bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert torch.zeros(1).type(torch.int64).dtype == torch.int64
-    assert torch.cuda.current_device() == torch.device("cpu") and not torch.cuda.is_available()
+    assert torch.zeros(1, device=torch.cuda.current_device()).device == torch.device("cpu")
+    assert torch.zeros(1).to(f"cuda:{torch.cuda.current_device()}").device == torch.device("cpu")
+    assert not torch.cuda.is_available()
 
 
 def test_a_machine_with_cuda_is_left_as_it_is(monkeypatch):

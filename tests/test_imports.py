@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes"},
+    {"settings", "sizes", "layout"},
     {"flops", "recipe"},
     {"cluster", "batch", "flow", "prompts", "video_files"},
     {"data", "tae", "text_encoders", "video"},
@@ -20,7 +20,18 @@ ROWS = [  # each row may import the rows before it; within a row nobody imports 
     {"tables", "demo", "arguments"},
     {"__main__", "nemo_cli"},
 ]
-NO_TORCH = ("settings", "sizes", "flops", "recipe", "cluster", "launch", "tables", "arguments", "__main__")
+NO_TORCH = (
+    "settings",
+    "sizes",
+    "layout",
+    "flops",
+    "recipe",
+    "cluster",
+    "launch",
+    "tables",
+    "arguments",
+    "__main__",
+)
 HEAVY = (
     "torch",
     "numpy",

@@ -6,6 +6,8 @@ libraries use without asking answer for the CPU. Each patch below says who needs
 
 import contextlib
 import functools
+import inspect
+import textwrap
 
 import torch
 
@@ -21,6 +23,7 @@ def stand_in_for_cuda():
     _patch_streams()
     _patch_random_state()
     _patch_adam()
+    _patch_fsdp()
 
 
 def stand_in_for_cuda_in_nemo():
@@ -73,8 +76,9 @@ def _patch_device_names():
     # NeMo: pin_memory=True
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
         setattr(torch, name, _with_cpu_device(getattr(torch, name)))
-    # mappings.py, layers.py, param_and_grad_buffer.py: buffers on torch.cuda.current_device()
-    torch.cuda.current_device = lambda: CPU
+    # mappings.py, layers.py, param_and_grad_buffer.py: buffers on torch.cuda.current_device(); Megatron FSDP
+    # writes it into a string, f"cuda:{current_device()}", so it is a number
+    torch.cuda.current_device = lambda: 0
     # NeMo's megatron_strategy.py logs through .to("cuda"); megatron's optimizer restores states with .cuda()
     to = torch.Tensor.to
     torch.Tensor.to = lambda self, *args, **kwargs: to(
@@ -92,6 +96,11 @@ def _patch_device_names():
 
 
 def _patch_streams():
+    class Event:
+        """Megatron FSDP waits for what a stream has recorded; here it has already happened."""
+
+        def wait(self, *_): ...
+
     class Stream:
         """megatron's DDP and NeMo's MegatronParallel make side streams."""
 
@@ -99,6 +108,8 @@ def _patch_streams():
         def wait_stream(self, *_): ...
         def wait_event(self, *_): ...
         def synchronize(self): ...
+        def record_event(self, *_):
+            return Event()
 
     torch.cuda.Stream = Stream
     torch.cuda.stream = lambda _: contextlib.nullcontext()
@@ -131,7 +142,37 @@ def _patch_adam():
     megatron_optimizer.Adam = sharded_optimizer.Adam = GroupStepAdamW
 
 
+def _patch_fsdp():
+    """Megatron FSDP of megatron-core 0.15.3: a mesh of CPUs, and fp64 for the parity tests."""
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as buffers
+    from torch.distributed import DeviceMesh
+
+    # mcore_fsdp_adapter.py asks for a mesh of "cuda" devices
+    from_group = DeviceMesh.from_group
+    DeviceMesh.from_group = staticmethod(
+        lambda group, device_type, *args, **kwargs: from_group(
+            group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs
+        )
+    )
+    # The tables of buffers list fp32, fp16, bf16 and fp8
+    buffers._dtype_size = lambda dtype: dtype.itemsize
+    owner, name = buffers.ParamAndGradBuffer, "_init_each_parameter_group_buffers"
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    for old, new in (
+        ("buffer_size = {torch.float32", "buffer_size = {torch.float64: 0, torch.float32"),
+        ("self.buffer_all_in_one = True", "self.buffer_all_in_one = False"),
+    ):
+        if source.count(old) != 1:
+            raise RuntimeError(f"{owner.__name__}.{name} is not megatron-core 0.15.3's: {old!r} is not there")
+        source = source.replace(old, new)
+    patched = {}
+    exec(compile(source, inspect.getfile(owner), "exec"), vars(buffers), patched)
+    setattr(owner, name, patched[name])
+
+
 def _cpu(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        return CPU
     is_cuda = isinstance(value, str) and value.startswith("cuda")
     is_cuda = is_cuda or (isinstance(value, torch.device) and value.type == "cuda")
     return CPU if is_cuda else value

@@ -87,7 +87,7 @@ def optimizer_config(recipe) -> OptimizerConfig:
         clip_grad=optim.clip_grad,
         bf16=recipe.precision == "bf16",
         params_dtype=DTYPES[recipe.precision],
-        use_distributed_optimizer=recipe.layout.distributed_optimizer,
+        use_distributed_optimizer=recipe.layout.sharding != "none",
     )
 
 

@@ -20,7 +20,7 @@ def strategy(recipe) -> nl.MegatronStrategy:
         pipeline_dtype=DTYPES[recipe.precision],
         process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
         ddp=DistributedDataParallelConfig(
-            use_distributed_optimizer=layout.distributed_optimizer,
+            use_distributed_optimizer=layout.sharding != "none",
             grad_reduce_in_fp32=recipe.precision == "bf16",
             check_for_nan_in_grad=True,
         ),

@@ -43,7 +43,7 @@ def run_step(layout, folder, batch, micro_batch, size=tiny.SIZE, plant=None, **c
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            use_distributed_optimizer=layout.distributed_optimizer,
+            use_distributed_optimizer=layout.sharding != "none",
             grad_reduce_in_fp32=False,
             bucket_size=None,
         ),

@@ -43,7 +43,7 @@ def recipe(folder, latents, **changes) -> VideoRecipe:
     base = VideoRecipe(
         name="test",
         cluster="cpu_2",
-        layout=Layout(distributed_optimizer=False),  # the distributed optimizer knows no fp64
+        layout=Layout(sharding="none"),  # the distributed optimizer knows no fp64
         size=tiny.SIZE,
         data=LatentData(folder=str(latents), image_every=3),
         latent_frames=frames,

@@ -20,7 +20,7 @@ LAYOUTS = {
     "tp2+sp": (Layout(tensor=2), 2),
     "cp2": (Layout(context=2), 2),
     "dp2 distributed optimiser": (Layout(), 2),
-    "dp2 plain": (Layout(distributed_optimizer=False), 2),
+    "dp2 plain": (Layout(sharding="none"), 2),
     "tp2+sp x cp2": (Layout(tensor=2, context=2), 4),
 }
 

@@ -72,7 +72,7 @@ def test_a_run_takes_images_every_third_step_and_reports_what_it_did(one_rank):
     assert os.listdir(f"{one_rank}/tensorboard")
 
 
-PLAIN = {"distributed_optimizer": False}
+PLAIN = {"sharding": "none"}
 
 
 @pytest.mark.parametrize(
