@@ -1,9 +1,23 @@
-"""Core attention of the local spec: torch's scaled dot product, bidirectional, keys and values gathered."""
+"""Core attention of the local spec: torch's scaled dot product, bidirectional, split over context ranks.
+
+Context parallelism as in s3.1.6: each rank keeps its queries and collects everybody's keys and values; the
+backward pass returns to each rank the sum of their gradients. Scores and values are one fused kernel, so
+heads make the pipeline: while one group of heads attends, the keys and values of the next travel.
+
+    gather     | 0 | 1 | 2 | 3 |                  sum to owners          | 0 | 1 | 2 | 3 |
+    attention      | 0 | 1 | 2 | 3 |              its backward       | 0 | 1 | 2 | 3 |
+
+Heads do not meet inside attention: with any kernel this is the one-rank result, and nothing is merged.
+"""
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 
-from nemo_moviegen.video.parallel import gather_keys_values
+from nemo_moviegen.video.parallel import start_gather_tokens, start_sum_to_owners
+
+HEAD_GROUPS = 4
+"""Pieces of the pipeline: 1/4 of the traffic has no attention to hide behind. More pieces hide more and leave
+each kernel fewer heads to fill a GPU with (12 a rank in the 30B model at tensor parallel 4)."""
 
 
 class LocalAttention(MegatronModule):
@@ -13,12 +27,83 @@ class LocalAttention(MegatronModule):
         super().__init__(config)
         # Text keys and values are whole on every context rank already.
         self.gathers = attention_type == "self" and config.context_parallel_size > 1
+        # Full recomputation keeps them for one layer at a time only: nothing to save.
+        self.gathers_again = config.recompute_granularity == "selective"
 
     def forward(self, query, key, value, attention_mask, **_):
         """`attention_mask` is bool [B, L], True at real keys, or None where all are."""
         if self.gathers:
-            key, value = gather_keys_values(key, value)
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, N/tp, S, H]
-        mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return out.permute(2, 0, 1, 3).flatten(2)  # [S/cp, B, N/tp * H]
+            out = ContextAttention.apply(query, key, value, self.gathers_again, torch.is_grad_enabled())
+        else:
+            out = _attend(query, key, value, attention_mask)
+        return out.flatten(2)  # [S/cp, B, N/tp * H]
+
+
+class ContextAttention(torch.autograd.Function):
+    """Attention [S/cp, B, N/tp, H] of own queries to the keys and values of all context ranks.
+
+    `gathers_again` frees the collected keys and values, cp times the rank's own, and collects them anew in
+    the backward pass, as much behind the kernels as the first time.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, gathers_again, needs_gradient):
+        outs, ctx.parts = [], []
+        for own_query, whole in zip(_head_groups(query), _each_gathered(key, value), strict=True):
+            # `data`: autograd must not take a buffer that is filled again for one that was overwritten
+            leaves = [
+                x.requires_grad_(needs_gradient) for x in (own_query.detach(), *whole.data.chunk(2, -1))
+            ]
+            with torch.set_grad_enabled(
+                needs_gradient
+            ):  # a graph of this part alone: the kernel's own backward
+                out = _attend(*leaves)
+            outs.append(out.detach())
+            if needs_gradient:
+                ctx.parts.append((out, leaves, whole))
+                if gathers_again:
+                    whole.untyped_storage().resize_(0)
+        if needs_gradient and gathers_again:
+            ctx.save_for_backward(key, value)
+        return torch.cat(outs, dim=2)
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        outs, leaves, buffers = zip(*ctx.parts, strict=True)
+        del ctx.parts  # a graph that is kept must not keep these: they serve once
+        filled = _each_gathered(*ctx.saved_tensors, buffers) if ctx.saved_tensors else buffers
+        grad_queries, sums = [], []
+        for out, inputs, grad_part, _ in zip(outs, leaves, _head_groups(grad_out), filled, strict=True):
+            grad_query, *grad_pair = torch.autograd.grad(out, inputs, grad_part)
+            grad_queries.append(grad_query)
+            sums.append(start_sum_to_owners(torch.cat(grad_pair, dim=-1)))
+        grad_keys, grad_values = zip(*(under_way.wait().chunk(2, -1) for under_way in sums), strict=True)
+        return *(torch.cat(x, dim=2) for x in (grad_queries, grad_keys, grad_values)), None, None
+
+
+def _attend(query, key, value, attention_mask=None):
+    """[S, B, N, H] -> the same shape, by whatever kernel torch has for device and dtype."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [B, N, S, H]
+    mask = None if attention_mask is None else attention_mask[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return out.permute(2, 0, 1, 3)
+
+
+def _head_groups(x_SBNH):
+    return x_SBNH.tensor_split(min(HEAD_GROUPS, x_SBNH.shape[2]), dim=2)
+
+
+def _each_gathered(key, value, buffers=None):
+    """Keys beside values of all context ranks, [S, B, N, 2H], one group of heads after the other.
+
+    The next group is under way before one is given. `buffers` are those of an earlier round, to fill again.
+    """
+    under_way = None
+    for index, pair in enumerate(zip(_head_groups(key), _head_groups(value), strict=True)):
+        if buffers is not None:
+            buffers[index].untyped_storage().resize_(buffers[index].nbytes)
+        following = start_gather_tokens(torch.cat(pair, dim=-1), buffers and buffers[index])
+        if under_way is not None:
+            yield under_way.wait()
+        under_way = following
+    yield under_way.wait()

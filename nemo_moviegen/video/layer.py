@@ -12,6 +12,7 @@ else.
 import copy
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
     CrossAttention,
@@ -70,8 +71,17 @@ class VideoLayer(TransformerLayer):
             self.pre_cross_attn_layernorm(hidden), attention_mask=context_mask, key_value_states=text_LBD
         )
         hidden = hidden + from_text
-        mixed, _ = self.mlp(self.pre_mlp_layernorm(hidden) * (1 + scale2) + shift2)
-        return hidden + gate2 * mixed, context
+        if self.recompute_mlp:
+            branch = tensor_parallel.checkpoint(self._feed_forward, False, hidden, shift2, scale2, gate2)
+        else:
+            branch = self._feed_forward(hidden, shift2, scale2, gate2)
+        return hidden + branch, context
+
+    def _feed_forward(self, hidden, shift, scale, gate):
+        """The branch that `recompute = selective` computes again: its ffn-wide activations are the largest of
+        a layer, and beside attention over 73K tokens its FLOPs are few."""
+        mixed, _ = self.mlp(self.pre_mlp_layernorm(hidden) * (1 + scale) + shift)
+        return gate * mixed
 
 
 class RMSNorm(nn.Module):

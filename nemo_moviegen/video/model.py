@@ -31,6 +31,13 @@ from nemo_moviegen.video.parallel import gather_tokens, split_tokens, sum_gradie
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
+RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""Megatron's settings for each `layout.recompute`."""
+
 
 @dataclass
 class VideoConfig(TransformerConfig):
@@ -41,7 +48,15 @@ class VideoConfig(TransformerConfig):
 
 
 def video_config(size, layout, precision, *, uses_transformer_engine=False) -> VideoConfig:
-    """Megatron's configuration of a `TransformerSize` under a `Layout`; `precision` is bf16, fp32 or fp64."""
+    """Megatron's configuration of a `TransformerSize` under a `Layout`; `precision` is bf16, fp32 or fp64.
+
+    ValueError where `layout.context_comm` needs Transformer Engine and the model is built without it.
+    """
+    if layout.context > 1 and layout.context_comm != "all_gather" and not uses_transformer_engine:
+        raise ValueError(
+            f"layout.context_comm={layout.context_comm} is Transformer Engine's alone (bf16 on a GPU): set "
+            "layout.context_comm=all_gather, or layout.context=1"
+        )
     dtype = DTYPES[precision]
     std = (2 / (5 * size.width)) ** 0.5  # "small init", our default: the paper states none
     return VideoConfig(
@@ -66,7 +81,9 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         tensor_model_parallel_size=layout.tensor,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence and layout.tensor > 1,
-        cp_comm_type="all_gather",  # the paper's scheme; read by Transformer Engine only
+        # Read by Transformer Engine only. It expects each rank to hold two pieces of a clip, first and last,
+        # which balances a causal mask. Without a mask no order of tokens changes anything, so ours is plain.
+        cp_comm_type=layout.context_comm,
         calculate_per_token_loss=True,  # one division, by the tokens of all ranks
         use_cpu_initialization=not uses_transformer_engine,
         gradient_accumulation_fusion=False,  # needs NVIDIA Apex outside Transformer Engine's linears
@@ -74,6 +91,7 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         and size.gated_ffn,  # megatron's fused GELU wants a bias
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
+        **RECOMPUTE[layout.recompute],
     )
 
 

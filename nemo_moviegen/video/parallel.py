@@ -23,6 +23,8 @@ ranks. Text keys and values stay whole on every cp rank: odd lengths need no pad
 (s3.1.6).
 """
 
+from typing import NamedTuple
+
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
@@ -57,18 +59,42 @@ def gather_tokens(tokens_SBX, config):
     return tokens_SBX
 
 
-def gather_keys_values(key_SBNH, value_SBNH):
-    """Keys and values of all cp ranks from [S/cp, B, N/tp, H], in one collective.
+class UnderWay(NamedTuple):
+    """A collective that was started. `wait` returns its result; on a GPU only the stream waits."""
 
-    The backward pass sums the gradients that all ranks' queries send and leaves each rank its own tokens'
-    (s3.1.6: all-gather forward, reduce-scatter backward).
+    result: torch.Tensor
+    work: torch.distributed.Work
+    source: torch.Tensor  # must outlive the collective, which reads it
+
+    def wait(self):
+        self.work.wait()
+        return self.result
+
+
+def start_gather_tokens(own_SX, into=None) -> UnderWay:
+    """Start to collect the tokens of all cp ranks, in the order of the clip: [S/cp, ...] -> [S, ...].
+
+    `into` is a buffer of an earlier gather to fill again. Every rank must start its collectives in one order.
     """
     group = parallel_state.get_context_parallel_group()
-    width = key_SBNH.shape[-1]
-    both = tensor_parallel.gather_from_sequence_parallel_region(
-        torch.cat((key_SBNH, value_SBNH), dim=-1), tensor_parallel_output_grad=True, group=group
-    )
-    return both[..., :width], both[..., width:]
+    own_SX = own_SX.contiguous()
+    if into is None:
+        into = own_SX.new_empty((group.size() * own_SX.shape[0], *own_SX.shape[1:]))
+    work = torch.distributed.all_gather_into_tensor(into, own_SX, group=group, async_op=True)
+    return UnderWay(into, work, own_SX)
+
+
+def start_sum_to_owners(whole_SX) -> UnderWay:
+    """Start to sum over all cp ranks and leave each its own tokens: [S, ...] -> [S/cp, ...].
+
+    What the gradient of `start_gather_tokens` needs: every rank's queries send one to every token's key and
+    value (s3.1.6: all-gather forward, reduce-scatter backward).
+    """
+    group = parallel_state.get_context_parallel_group()
+    whole_SX = whole_SX.contiguous()
+    own = whole_SX.new_empty((whole_SX.shape[0] // group.size(), *whole_SX.shape[1:]))
+    work = torch.distributed.reduce_scatter_tensor(own, whole_SX, group=group, async_op=True)
+    return UnderWay(own, work, whole_SX)
 
 
 def sum_gradient_over_sequence_ranks(parameters, config):

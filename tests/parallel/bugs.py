@@ -3,9 +3,11 @@
 Each entry: what it does to the model of a forked rank, the layout it hides in, and whether the loss shows it.
 """
 
+from types import SimpleNamespace
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 
 from nemo_moviegen import flow
 from nemo_moviegen.recipe import Layout
@@ -16,16 +18,11 @@ from nemo_moviegen.video import attention
 def keys_values_without_reduce_scatter(_):
     """Each context rank keeps only its own queries' gradient of keys and values."""
 
-    def gather(key, value):
+    def keep_own(whole):
         group = parallel_state.get_context_parallel_group()
-        return tuple(
-            tensor_parallel.gather_from_sequence_parallel_region(
-                x, tensor_parallel_output_grad=False, group=group
-            )
-            for x in (key, value)
-        )
+        return SimpleNamespace(wait=lambda: whole.chunk(group.size())[group.rank()])
 
-    attention.gather_keys_values = gather
+    attention.start_sum_to_owners = keep_own
 
 
 def text_split_over_context_ranks(model):
