@@ -23,8 +23,8 @@ class Layout:
     """What data parallel ranks share out: none, optimizer (its states), or full (the paper's: also weights
     and gradients)."""
     recompute: str = "none"
-    """What the backward pass computes again in place of keeping it: none, selective (the feed-forward), or
-    full (every layer)."""
+    """What the backward pass does again in place of keeping it: none; selective (the feed-forward, and the
+    gather of keys and values over context ranks); or full (every layer)."""
     context_comm: str = "all_gather"
     """How attention crosses context ranks: all_gather (the paper's), a2a or p2p (Transformer Engine only)."""
 
@@ -49,3 +49,29 @@ class Layout:
                 f"use a multiple of {self.model_ranks} ranks or a smaller layout"
             )
         return num_ranks // self.model_ranks
+
+
+def nearest_bucket(size, latent_shape, divisor):
+    """The latent (frames, height, width) nearest to `latent_shape` whose tokens `divisor` divides, or None.
+
+    Same frames; height and width whole patches that the model's position tables hold. Nearest by tokens, then
+    by how far height and width move, then the smaller one. `size` is a `TransformerSize`.
+    """
+    frames, height, width = latent_shape
+    tokens = size.num_tokens(latent_shape)
+    fitting = [
+        shape
+        for rows in range(1, size.max_height + 1)
+        for columns in range(1, size.max_width + 1)
+        if size.num_tokens(shape := (frames, rows * size.patch_height, columns * size.patch_width)) % divisor
+        == 0
+    ]
+    return min(
+        fitting,
+        key=lambda shape: (
+            abs(size.num_tokens(shape) - tokens),
+            abs(shape[1] - height) + abs(shape[2] - width),
+            shape,
+        ),
+        default=None,
+    )

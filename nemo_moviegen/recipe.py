@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nemo_moviegen.layout import Layout as Layout  # a recipe's field
+from nemo_moviegen.layout import nearest_bucket
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
@@ -168,28 +169,66 @@ class VideoRecipe(Recipe):
             )
         if self.size.ffn_width % tensor:
             raise ValueError(
-                f"{self.name}: ffn_width {self.size.ffn_width} does not split over tensor {tensor}"
+                f"{self.name}: ffn_width {self.size.ffn_width} does not split over tensor {tensor}: "
+                f"use a divisor of {self.size.ffn_width} as layout.tensor"
             )
-        for frames in {1 if self.data.image_every else self.latent_frames, self.latent_frames}:
+        if self.layout.context > 1:
+            self._check_context()
+        # Images first: a bucket that fits one frame fits any number of them
+        for frames in sorted({1 if self.data.image_every else self.latent_frames, self.latent_frames}):
             self.check_tokens((frames, self.latent_height, self.latent_width))
+        for context_size in self.size.contexts:
+            self.data.token_limits.of(context_size)
+
+    def _check_context(self):
+        layout, heads = self.layout, self.size.num_heads // self.layout.tensor
+        if layout.context_comm != "all_gather" and self.precision != "bf16":
+            raise ValueError(
+                f"{self.name}: layout.context_comm={layout.context_comm} is Transformer Engine's, which runs "
+                f"in bf16 and not in {self.precision}: set layout.context_comm=all_gather or precision=bf16"
+            )
+        if layout.context_comm == "a2a" and heads % layout.context:
+            fitting = ", ".join(str(ranks) for ranks in range(1, heads + 1) if heads % ranks == 0)
+            raise ValueError(
+                f"{self.name}: a2a gives each of context {layout.context} ranks whole heads, and tensor "
+                f"{layout.tensor} leaves {heads}: use {fitting} as layout.context, or another "
+                "layout.context_comm"
+            )
+        if self.precision == "bf16" and self.size.head_width % 8:
+            raise ValueError(
+                f"{self.name}: heads of width {self.size.head_width} can not be split over context ranks by "
+                "Transformer Engine (bf16): make size.width / size.num_heads a multiple of 8, or set "
+                "layout.context=1"
+            )
 
     def check_tokens(self, latent_shape):
-        """ValueError where the tokens of a latent (T, H, W) do not split over the layout."""
-        tokens = self.size.num_tokens(latent_shape)
-        ranks = self.layout.context * (self.layout.tensor if self.layout.sequence else 1)
-        if tokens % ranks:
-            raise ValueError(
-                f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which do "
-                f"not split over context {self.layout.context} x sequence-parallel "
-                f"{ranks // self.layout.context}: use a bucket whose tokens divide by {ranks}, or a smaller "
-                "layout"
+        """ValueError where the tokens of a latent (T, H, W) do not split over the layout.
+
+        It names the nearest bucket that does. Nothing is padded: padded tokens need a mask in every
+        self-attention, and with a mask the fused kernel does not take gathered keys.
+        """
+        tokens, context = self.size.num_tokens(latent_shape), self.layout.context
+        sequence = self.layout.tensor if self.layout.sequence else 1
+        divisor, halves = context * sequence, 2 * context
+        if tokens % divisor:
+            problem = f"do not split over context {context} x sequence-parallel {sequence}"
+        elif self.precision == "bf16" and context > 1 and tokens % halves:
+            problem = (
+                f"leave an odd number to a rank of context {context}: Transformer Engine (bf16) halves it"
             )
-        if self.precision == "bf16" and self.layout.context > 1 and tokens % (2 * self.layout.context):
-            raise ValueError(
-                f"{self.name}: {tokens} tokens leave an odd number to each of context {self.layout.context} "
-                f"ranks, which Transformer Engine (bf16) refuses: use a bucket whose tokens divide "
-                f"by {2 * self.layout.context}, or another layout.context"
-            )
+        else:
+            return
+        if self.precision == "bf16" and context > 1:
+            divisor = math.lcm(divisor, halves)
+        nearest = nearest_bucket(self.size, latent_shape, divisor)
+        named = ""
+        if nearest is not None:
+            _, height, width = nearest
+            named = f" (nearest: latent_height={height} latent_width={width}, {8 * width}x{8 * height} px)"
+        raise ValueError(
+            f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which "
+            f"{problem}: use a bucket whose tokens divide by {divisor}{named}, or a smaller layout"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
