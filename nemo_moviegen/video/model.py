@@ -36,7 +36,13 @@ RECOMPUTE = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-"""Megatron's settings for each `layout.recompute`."""
+"""Megatron's settings for each `layout.recompute`.
+
+What a layer keeps of each token of its rank, counted in hidden states (tests/parallel/test_context.py, the 30B
+model's proportions, tensor 1): 32.4 without recomputation, 15.0 selective, 1.0 full; over two context ranks
+37.4, 16.0 and 1.0. Computed again: nothing, the feed-forward (a fifth of a layer's forward FLOPs at 73K
+tokens), everything.
+"""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Context parallelism: one answer with any recomputation, and its collectives noticed when wrong.
+"""Context parallelism: one answer with any recomputation, collectives noticed when wrong, memory as promised.
 
 Invariant 1 again, for what is cut by context: fp64, 1e-10, loss, output and every gradient.
 """
@@ -11,10 +11,13 @@ import pytest
 import tiny
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from ranks import run_on_ranks
 
 from nemo_moviegen.layout import CHOICES, Layout
+from nemo_moviegen.training.cpu import stand_in_for_cuda
 from nemo_moviegen.video import attention
+from nemo_moviegen.video.model import VideoTransformer, video_config
 from parallel.layouts import run_step, save_one_rank_weights
 from parallel.test_matches_one_rank import assert_same
 
@@ -116,3 +119,61 @@ def test_a_planted_bug_is_noticed(name, weights, reference):
     with pytest.raises(AssertionError):
         assert_same(result, reference)
     assert (abs(result[0] - reference[0]) > 1e-10) == seen_in_loss
+
+
+WIDE = replace(tiny.SIZE, width=256, ffn_width=683, qk_norm=False)  # the 30B model's proportions
+
+
+def kept_for_backward(layout):
+    """What one layer keeps of one token of its rank for the backward pass, counted in hidden states.
+
+    Differences in layers and in frames leave out embeddings, head and text.
+    """
+    (few, few_longer), (more, more_longer) = (
+        [_kept_bytes(layout, num_layers, frames) for frames in (2, 4)] for num_layers in (1, 2)
+    )
+    tokens = 2 * 36 / layout.context
+    return (more_longer - more - few_longer + few) / tokens / (WIDE.width * 4)
+
+
+def _kept_bytes(layout, num_layers, frames):
+    stand_in_for_cuda()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(layout.tensor, context_parallel_size=layout.context)
+    model_parallel_cuda_manual_seed(123)
+    model = VideoTransformer(video_config(replace(WIDE, num_layers=num_layers), layout, "fp32"))
+    batch, kept = tiny.batch(1, (frames, 12, 12), torch.float32), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out = model(batch.latent_BTCHW, torch.rand(1).double(), batch.contexts, batch.masks)
+    assert out.requires_grad
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(size for address, size in storages.items() if address not in weights)
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """Hidden states a token leaves behind in a layer, by context ranks and layout.recompute."""
+    return {
+        (context, recompute): run_on_ranks(
+            kept_for_backward, Layout(context=context, recompute=recompute), world_size=context
+        )[0]
+        for context in (1, 2)
+        for recompute in CHOICES["recompute"]
+    }
+
+
+@pytest.mark.parametrize("context", (1, 2))
+def test_selective_recomputation_keeps_less_than_none_and_full_less_still(context, kept):
+    none, selective, full = (kept[context, recompute] for recompute in CHOICES["recompute"])
+    ffn = WIDE.ffn_width / WIDE.width
+    assert none - selective > 3 * ffn  # gate, up and their product are not kept
+    assert full == pytest.approx(1, abs=0.1)  # the layer's input alone
+
+
+def test_selective_recomputation_does_not_keep_the_gathered_keys_and_values(kept):
+    added = {recompute: kept[2, recompute] - kept[1, recompute] for recompute in ("none", "selective")}
+    assert added["none"] - added["selective"] == pytest.approx(
+        2 * 2, abs=0.1
+    )  # of two ranks, for one's token
+    assert added["selective"] < 1.1  # the output twice: each group of heads, and side by side
