@@ -13,46 +13,54 @@ Axes: B clips, T latent frames, C channels, H W height and width.
 
 import hashlib
 import itertools
+import math
 
+import numpy as np
 import torch
 
 SIGMA_MIN = 1e-5  # s3.1.2
 
 
-def sample_generator(seed, sample_id, epoch, purpose) -> torch.Generator:
-    """CPU generator keyed by all four; `purpose` is a word such as "noise", "time" or "prompt_drop".
+def sample_generator(seed, sample_id, epoch, purpose) -> np.random.Generator:
+    """Philox keyed by all four; `purpose` is a word such as "noise", "time" or "prompt_drop".
 
-    The key is a 64-bit hash, of which torch's CPU generator uses 32 bits: two keys give one stream with
-    a chance of 2**-32, harmless between samples.
+    Counter-based: number k of a stream is a function of the key and of k, so streams share no state and can
+    be drawn in any order, by any thread. The key is a 128-bit hash, so no two samples get one stream: of 32
+    bits, which is what torch's CPU generator takes, a million pairs in 100M samples would. numpy promises
+    Philox's bits for ever and what it makes of them for a version, so an upgrade may change what a resumed
+    run draws; a test tells.
     """
     key = f"{int(seed)}/{int(sample_id)}/{int(epoch)}/{purpose}".encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little"))
+    digest = hashlib.blake2b(key, digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32) -> torch.Tensor:
     """Standard normal noise_BTCHW on the CPU, one whole latent for each (sample id, epoch).
 
-    Drawn in float64 and rounded to `dtype`: torch's float32 normals differ between kinds of CPU.
-    ValueError if there is not one epoch a sample.
+    Drawn in float64 and rounded to `dtype`, so it is the same number in every precision. Nearly every value
+    is one product of an integer and a constant (ziggurat), the same on every kind of CPU. A latent of 73,728
+    tokens takes 60 ms of one core: 0.6% of a step of 10 s. ValueError if there is not one epoch a sample.
     """
-    noise = []
-    for sample_id, epoch in _sample_keys(sample_ids, epochs):
-        generator = sample_generator(seed, sample_id, epoch, "noise")
-        noise.append(torch.randn(tuple(shape_TCHW), generator=generator, dtype=torch.float64).to(dtype))
-    return torch.stack(noise)
+    keys = _sample_keys(sample_ids, epochs)
+    noise_BTCHW = torch.empty(len(keys), *shape_TCHW, dtype=dtype)
+    for row, key in enumerate(keys):
+        noise = sample_generator(seed, *key, "noise").standard_normal(tuple(shape_TCHW))
+        noise_BTCHW[row] = torch.from_numpy(noise)
+    return noise_BTCHW
 
 
 def draw_time(seed, sample_ids, epochs, dtype=torch.float32) -> torch.Tensor:
     """Logit-normal t_B in (0, 1) on the CPU: the sigmoid of a standard normal (s3.1.2, as SD3).
 
-    Ask for float32 or float64: bfloat16 has 256 steps below one and may round up to it.
+    A multiple of 2**-32: the last digits of an exponential differ between machines. Ask for float32 or
+    float64: bfloat16 has 256 steps below one and may round up to it.
     """
-    times = []
-    for sample_id, epoch in _sample_keys(sample_ids, epochs):
-        generator = sample_generator(seed, sample_id, epoch, "time")
-        times.append(torch.randn((), generator=generator, dtype=torch.float64).sigmoid())
-    return torch.stack(times).to(dtype)
+    logits = (
+        sample_generator(seed, *key, "time").standard_normal() for key in _sample_keys(sample_ids, epochs)
+    )
+    times = [round(2**32 / (1 + math.exp(-logit))) / 2**32 for logit in logits]
+    return torch.tensor(times, dtype=torch.float64).to(dtype)
 
 
 def interpolate(noise_BTCHW, data_BTCHW, t_B) -> torch.Tensor:
@@ -155,7 +163,7 @@ def _sample_keys(sample_ids, epochs):
         raise ValueError(
             f"{len(sample_ids)} sample ids with {len(epochs)} epochs: pass one epoch for each sample"
         )
-    return zip(sample_ids, epochs, strict=True)
+    return list(zip(sample_ids, epochs, strict=True))
 
 
 def _check_pair(noise, data):

@@ -37,7 +37,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
 
     def _drop_prompt(self, sample, epoch):
         generator = flow.sample_generator(self.recipe.seed, sample.sample_id, epoch, "prompt_drop")
-        if float(torch.rand((), generator=generator)) >= self.recipe.data.prompt_drop:
+        if generator.random() >= self.recipe.data.prompt_drop:
             return sample
         return replace(sample, contexts=self.reader.empty_prompt)
 
