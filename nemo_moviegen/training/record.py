@@ -70,7 +70,7 @@ class RunRecord:
 
     def __init__(self, name, folder, first_step, num_steps):
         self.name, self.num_steps = name, num_steps
-        self._file = _open_after(Path(folder) / METRICS_FILE, first_step)
+        self._file = open_after(Path(folder) / METRICS_FILE, first_step)
         facts = TextColumn("{task.fields[facts]}")
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), facts, TimeRemainingColumn()
@@ -94,8 +94,8 @@ class RunRecord:
         self._file.close()
 
 
-def _open_after(path, step):
-    """The file to append to, without the lines past `step`."""
+def open_after(path, step):
+    """The file of JSON lines to append to, without the lines past `step`: a resumed run writes them again."""
     kept = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
