@@ -13,6 +13,7 @@ from nemo_moviegen.layout import nearest_bucket
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
+from nemo_moviegen.spikes import Guard as Guard  # a recipe's field
 
 RECIPE_FILE = "recipe.yaml"
 """In the folder of every run: its recipe."""
@@ -53,6 +54,37 @@ class Optim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenLimits:
+    """Tokens of a prompt the model sees, by text encoder; 0 = all the encoder gives, its `max_tokens`."""
+
+    ul2: int = 0
+    metaclip: int = 0
+    byt5: int = 0
+
+    def of(self, context_size) -> int:
+        """Tokens of this encoder a model may see; ValueError above the encoder's maximum, which is named."""
+        limit = getattr(self, context_size.name, 0) or context_size.max_tokens
+        if not 0 < limit <= context_size.max_tokens:
+            raise ValueError(
+                f"data.token_limits.{context_size.name} is {limit}; the recipe's encoder gives at most "
+                f"{context_size.max_tokens} tokens: use 1 to {context_size.max_tokens}, or 0 for all of them"
+            )
+        return limit
+
+    def check(self, context_sizes):
+        """ValueError for a limit above its encoder's maximum, or of an encoder the recipe does not have."""
+        for context_size in context_sizes:
+            self.of(context_size)
+        names = [context_size.name for context_size in context_sizes]
+        for name, limit in asdict(self).items():
+            if limit and name not in names:
+                raise ValueError(
+                    f"data.token_limits.{name} is {limit}, but the recipe's encoders are {', '.join(names)}: "
+                    f"leave data.token_limits.{name} at 0"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentData:
     """Latent shards a transformer trains on, written by `moviegen encode`."""
 
@@ -62,8 +94,17 @@ class LatentData:
     """One iteration in this many takes images: 11 is the paper's 1:10, 1 images only, 0 none."""
     prompt_drop: float = 0.1
     """Share of samples that see the empty prompt, for classifier-free guidance (our default)."""
+    text: str = "cached"
+    """cached: features out of the shards. online: captions encoded as they are read, by `text_encoders`."""
+    text_encoders: str = ""
+    """Folder of the encoders, for online text: the one `moviegen encode` takes."""
+    token_limits: TokenLimits = field(default_factory=TokenLimits)
 
     def __post_init__(self):
+        if self.text not in ("cached", "online"):
+            raise ValueError(f"data.text is {self.text!r}; use cached or online")
+        if self.text == "online" and not self.text_encoders:
+            raise ValueError("data.text is online: set data.text_encoders to the folder of the text encoders")
         if self.image_every < 0:
             raise ValueError(
                 f"data.image_every is {self.image_every}; use 0 for no images, 1 for images only"
@@ -124,14 +165,20 @@ class Recipe:
     """Folder of checkpoints and logs; a run that finds its own checkpoint there goes on from it."""
     save_every: int = 1000
     """Steps between checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints that stay."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 = none."""
     log_every: int = 10
 
     def __post_init__(self):
         if self.precision not in ("bf16", "fp32", "fp64"):
             raise ValueError(f"precision is {self.precision!r}; use bf16, fp32 or fp64")
-        for name in ("global_batch", "micro_batch", "num_steps", "save_every", "log_every"):
+        for name in ("global_batch", "micro_batch", "num_steps", "save_every", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every is {self.keep_every}; use 0 for none, or a number of steps")
 
     def num_microbatches(self, num_ranks: int) -> int:
         """Micro-batches each model copy accumulates; ValueError if the batch does not divide."""
@@ -156,8 +203,13 @@ class VideoRecipe(Recipe):
     latent_width: int
     init_from: str = ""
     """Run folder whose last weights start this run; empty = fresh weights."""
+    ema_decay: float = 0.0
+    """Of a moving average of the weights, kept beside them for sampling; 0 = none (our default: 0.9999)."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation loss that stay as well."""
     guidance_scale: float = 7.5
     """Classifier-free guidance of samples from this model (s3.4)."""
+    guard: Guard = field(default_factory=Guard)
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,8 +229,7 @@ class VideoRecipe(Recipe):
         # Images first: a bucket that fits one frame fits any number of them
         for frames in sorted({1 if self.data.image_every else self.latent_frames, self.latent_frames}):
             self.check_tokens((frames, self.latent_height, self.latent_width))
-        for context_size in self.size.contexts:
-            self.data.token_limits.of(context_size)
+        self.data.token_limits.check(self.size.contexts)
 
     def _check_context(self):
         layout, heads = self.layout, self.size.num_heads // self.layout.tensor

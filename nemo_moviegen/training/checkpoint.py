@@ -1,10 +1,16 @@
-"""Run folders: recipe.yaml, checkpoints/step=N (megatron's sharded format, any layout reads it), metrics.
+"""Run folders: recipe.yaml, metrics, and checkpoints/step=N that any layout reads.
 
-A checkpoint counts once NeMo has removed its unfinished marker, so a run killed inside a write falls back to
-the checkpoint before.
+    step=N/state.json    how far the run was: steps, losses, what the guard has seen
+    step=N/tensors/      weights, moments, EMA in full precision (storage.py)
+
+A checkpoint is written under another name and renamed when it is whole, so a run killed at any instant, also
+inside a write, finds the one before. Randomness and the data order are functions of (seed, sample, step) and
+need no saving.
 """
 
+import json
 import os
+import shutil
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,32 +21,74 @@ from nemo_moviegen.recipe import RECIPE_FILE, Layout, VideoRecipe, read_recipe
 from nemo_moviegen.training.record import quiet
 
 CHECKPOINTS = "checkpoints"
+STATE, TENSORS = "state.json", "tensors"
+PARTIAL, REMOVING = ".partial", ".removing"
+SAME = ("seed", "global_batch")
+"""Settings a run keeps for good: with another one it would not be the run its checkpoint belongs to."""
+
+
+def checkpoints(run_folder) -> dict:
+    """{step: folder} of the finished checkpoints of a run, oldest first."""
+    found = {}
+    for folder in Path(run_folder, CHECKPOINTS).glob("step=*"):
+        number = folder.name.partition("=")[2]
+        if number.isdigit() and (folder / STATE).is_file():
+            found[int(number)] = folder
+    return dict(sorted(found.items()))
 
 
 def last_checkpoint(run_folder):
     """Folder of the newest finished checkpoint of a run, or None."""
-    found = {}
-    for folder in Path(run_folder, CHECKPOINTS).glob("step=*"):
-        number = folder.name.partition("=")[2]
-        finished = not folder.with_name(folder.name + "-unfinished").exists()
-        if (
-            folder.is_dir()
-            and number.isdigit()
-            and finished
-            and (folder / "weights" / "metadata.json").is_file()
-        ):
-            found[int(number)] = folder
-    return found[max(found)] if found else None
+    return next(reversed(checkpoints(run_folder).values()), None)
+
+
+def read_state(folder) -> dict:
+    """What state.json of a checkpoint says; ValueError where it is damaged."""
+    path = Path(folder, STATE)
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        assert state["step"] >= 0
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} can not be read ({type(error).__name__}: {error})") from None
+
+
+def superfluous(losses, *, keep_last, keep_every, keep_best) -> list:
+    """Steps whose checkpoints go. `losses`: {step: validation loss or None} of those that exist.
+
+    The newest `keep_last` stay, multiples of `keep_every` (0: none) and the `keep_best` of lowest loss.
+    """
+    steps = sorted(losses)
+    kept = set(steps[-keep_last:])
+    kept |= {step for step in steps if keep_every and step % keep_every == 0}
+    measured = sorted((loss, step) for step, loss in losses.items() if loss is not None)
+    kept |= {step for _, step in measured[:keep_best]}
+    return [step for step in steps if step not in kept]
+
+
+def tidy(run_folder):
+    """Remove what a killed run left half written or half removed. One rank, before training."""
+    for leftover in Path(run_folder, CHECKPOINTS).glob("step=*.*"):
+        if leftover.name.endswith((PARTIAL, REMOVING)):
+            shutil.rmtree(leftover)
+
+
+def remove(folder):
+    """Remove a checkpoint; a run killed meanwhile does not find half of it."""
+    removing = folder.with_name(folder.name + REMOVING)
+    os.replace(folder, removing)
+    shutil.rmtree(removing)
 
 
 def starting_checkpoints(recipe):
-    """(this run's newest checkpoint, that of `init_from`): at most one is not None, and its weights fit.
+    """(this run's newest checkpoint, that of `init_from`): at most one is not None, and it is whole and fits.
 
-    ValueError where `init_from` holds no finished checkpoint, or a run holds a model of another size.
+    ValueError where `init_from` holds no finished checkpoint, one is damaged, or holds another model or run.
     """
     own = last_checkpoint(recipe.output)
     if own:
-        _check_same_size(recipe, recipe.output, "set another output, or remove that folder")
+        _check_same_run(recipe)
+        _check_whole(own)
         return own, None
     if not recipe.init_from:
         return None, None
@@ -48,7 +96,37 @@ def starting_checkpoints(recipe):
     if other is None:
         raise ValueError(f"init_from={recipe.init_from} holds no finished checkpoint; train that run first")
     _check_same_size(recipe, recipe.init_from, "set another init_from (empty = fresh weights)")
+    _check_whole(other)
     return None, other
+
+
+def _check_whole(folder):
+    from nemo_moviegen.training.storage import check_files
+
+    try:
+        read_state(folder)
+        check_files(folder / TENSORS)
+    except ValueError as error:
+        others = [f.name for f in checkpoints(folder.parents[1]).values() if f != folder]
+        before = f"remove that folder to go on from {others[-1]}" if others else "it was the only one"
+        raise ValueError(f"checkpoint {folder} can not be used: {error}; {before}") from None
+
+
+def _check_same_run(recipe):
+    _check_same_size(recipe, recipe.output, "set another output, or remove that folder")
+    theirs = read_recipe(Path(recipe.output, RECIPE_FILE))
+    changed = [
+        f"{name} {getattr(theirs, name)} instead of {getattr(recipe, name)}"
+        for name in ("name", *SAME)
+        if getattr(theirs, name) != getattr(recipe, name)
+    ]
+    if theirs.data.folder != recipe.data.folder:
+        changed.append(f"data.folder {theirs.data.folder} instead of {recipe.data.folder}")
+    if changed:
+        raise ValueError(
+            f"{recipe.output} holds another run than {recipe.name}: {'; '.join(changed)}; resume with its "
+            f"own settings, or start a new run from its weights: output=NEW init_from={recipe.output}"
+        )
 
 
 def _check_same_size(recipe, folder, what_to_change):
@@ -65,12 +143,13 @@ def _check_same_size(recipe, folder, what_to_change):
         )
 
 
-def load_video_model(run_folder, layout=None):
+def load_video_model(run_folder, layout=None, *, weights=None):
     """(VideoTransformer in eval mode, its VideoRecipe) from the newest checkpoint of a run.
 
-    The weights may have been trained in any layout; this process holds them whole, or its part under
-    `layout`, for which megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the
-    folder holds no finished run of a video recipe.
+    `weights` is "ema" or "weights" (those being trained); None takes the average where the run kept one. They
+    may have been trained in any layout; this process holds them whole, or its part under `layout`, for which
+    megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the folder holds no
+    finished run of a video recipe, or no such weights.
     """
     recipe_file = Path(run_folder, RECIPE_FILE)
     if not recipe_file.is_file():
@@ -90,8 +169,9 @@ def load_video_model(run_folder, layout=None):
     on_gpu = torch.cuda.is_available()
     quiet()
     stand_in_for_cuda()
-    from megatron.core import dist_checkpointing
-
+    from nemo_moviegen.training.shards import whole_shards
+    from nemo_moviegen.training.state import EMA, WEIGHTS, pieces
+    from nemo_moviegen.training.storage import read_into, tensor_shapes
     from nemo_moviegen.video.model import VideoTransformer, video_config
 
     layout = layout or Layout()
@@ -100,11 +180,12 @@ def load_video_model(run_folder, layout=None):
     model = VideoTransformer(video_config(recipe.size, layout, precision))
     if on_gpu:
         model.cuda()
-    # NeMo wraps the model once before it saves, and the checkpoint's other contents come along
-    wanted = {f"module.{name}": value for name, value in model.sharded_state_dict(prefix="module.").items()}
-    loaded = dist_checkpointing.load(wanted, str(folder / "weights"))
-    prefix = "module.module."
-    model.load_state_dict({n.removeprefix(prefix): v for n, v in loaded.items() if n.startswith(prefix)})
+    has_average = any(name.startswith(f"{EMA}.") for name in tensor_shapes(folder / TENSORS))
+    if weights == EMA and not has_average:
+        raise ValueError(f"{folder} holds no average of its weights; it was trained with ema_decay=0")
+    kind = weights or (EMA if has_average else WEIGHTS)
+    shards = {f"{kind}.{shard.name}": shard for shard in whole_shards(model)}
+    read_into(folder / TENSORS, pieces({name: shard.weight for name, shard in shards.items()}, shards))
     return model.eval(), replace(recipe, layout=layout)
 
 

@@ -24,8 +24,6 @@ def train(recipe):
     own, other = starting_checkpoints(recipe)
     quiet()
     stand_in_for_cuda()
-    from nemo.lightning.callback_group import CallbackGroup
-
     stand_in_for_cuda_in_nemo()
     quiet()  # NeMo sets up its own logger when it is imported
     from nemo_moviegen.training.data import LatentDataModule
@@ -33,12 +31,9 @@ def train(recipe):
 
     data = LatentDataModule(recipe)
     module = FlowMatchingModule(recipe, uses_transformer_engine=uses_transformer_engine(recipe))
-    trainer = _trainer(recipe, data, num_ranks)
-    _resume(trainer, module, recipe, own, other)
-    # NeMo's telemetry raises at the first checkpoint of a run that did not come through nemo.collections.llm
-    CallbackGroup.get_instance().update_config(nemo_version="v2", trainer=trainer, data=data)
     if int(os.environ.get("RANK", 0)) == 0:
         write_recipe(recipe)
+    trainer = _trainer(recipe, data, num_ranks, own, other)
     trainer.fit(module, data)
     return getattr(trainer, "last_metrics", None)
 
@@ -57,13 +52,14 @@ def uses_transformer_engine(recipe) -> bool:
     return wanted
 
 
-def _trainer(recipe, data, num_ranks):
+def _trainer(recipe, data, num_ranks, own, other):
     import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
     from nemo_moviegen.training.callbacks import Metrics
-    from nemo_moviegen.training.strategy import RunCheckpoint, strategy
+    from nemo_moviegen.training.saving import Checkpoints
+    from nemo_moviegen.training.strategy import strategy
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     plugins = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
@@ -78,23 +74,11 @@ def _trainer(recipe, data, num_ranks):
         max_steps=recipe.num_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        callbacks=[Metrics(recipe, data), RunCheckpoint(recipe)],
+        callbacks=[Metrics(recipe, data), Checkpoints(recipe, own, other)],
+        enable_checkpointing=False,
         logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
         log_every_n_steps=recipe.log_every,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-
-
-def _resume(trainer, module, recipe, own, other):
-    """From this run's newest checkpoint `own`, or with the weights of `other`, or afresh."""
-    import nemo.lightning as nl
-
-    state = nl.NeMoLogger(explicit_log_dir=recipe.output, update_logger_directory=False).setup(trainer)
-    state.files_to_move = []  # a resumed run goes on in its own files
-    restore = None
-    if other:
-        weights = str(other / "weights")
-        restore = nl.RestoreConfig(path=weights, load_optim_state=False, load_artifacts=False)
-    nl.AutoResume(resume_from_path=str(own) if own else None, restore_config=restore).setup(trainer, module)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -65,10 +66,12 @@ def train_on_ranks(run, num_ranks, before=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return run_on_ranks(_train, run, port, before, world_size=num_ranks, timeout_seconds=300)
+    with tempfile.TemporaryDirectory() as folder:
+        after = f"{folder}/store"
+        return run_on_ranks(_train, run, port, after, before, world_size=num_ranks, timeout_seconds=300)
 
 
-def _train(run, port, before):
+def _train(run, port, store, before):
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()  # the strategy makes its own from the environment, as under torchrun
     os.environ.update(
@@ -87,7 +90,5 @@ def _train(run, port, before):
         before()
     metrics = train(run)
     if not dist.is_initialized():
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port + 1}", rank=rank, world_size=num_ranks
-        )
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     return metrics

@@ -1,0 +1,137 @@
+"""The Lightning callback that saves a run while it trains and puts it back where it was."""
+
+import os
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_moviegen.training.checkpoint import (
+    CHECKPOINTS,
+    PARTIAL,
+    STATE,
+    TENSORS,
+    checkpoints,
+    read_state,
+    remove,
+    superfluous,
+    tidy,
+)
+from nemo_moviegen.training.state import TrainingState, pieces
+from nemo_moviegen.training.storage import BackgroundWriter, check_space, read_into, write_folder, write_json
+
+
+class Checkpoints(pl.Callback):
+    """checkpoints/step=N every `save_every` steps and at the end, written while training goes on.
+
+    Starts the run from `own`, a checkpoint of its own, or from the weights of `other`.
+    """
+
+    def __init__(self, recipe, own=None, other=None):
+        self.recipe, self.own, self.other = recipe, own, other
+        self.folder = Path(recipe.output, CHECKPOINTS)
+        self.extras = {}
+        """{name: object with state() and load_state(dict)}: what else belongs into state.json."""
+        self.validation_loss = None
+        """Of the step that has just ended, for retention; None where it was not measured."""
+        self.saved_step = -1
+
+    def on_fit_start(self, trainer, module):
+        chunk = trainer.strategy.megatron_parallel[0].module
+        optimizer = trainer.strategy.optimizers[0].mcore_optimizer
+        self.state = TrainingState(chunk, optimizer, self.recipe.ema_decay)
+        self.writer = BackgroundWriter()
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tidy(self.recipe.output)
+        if self.own:
+            self._resume(trainer)
+        elif self.other:
+            self.state.read_weights(lambda wanted: read_into(self.other / TENSORS, wanted))
+
+    def _resume(self, trainer):
+        told = self.read(self.own)
+        for name, extra in self.extras.items():
+            extra.load_state(told.get(name, {}))
+        self.saved_step = told["step"]
+        _start_at(trainer, told["step"])
+
+    def read(self, folder) -> dict:
+        """Weights, moments and EMA from a checkpoint; returns its state.json."""
+        told = read_state(folder)
+        if told["optimizer_steps"] is None:
+            raise ValueError(f"{folder} holds weights alone: start a new run from it with init_from")
+        self.state.read(folder / TENSORS, told["optimizer_steps"])
+        return told
+
+    def roll_back(self, trainer) -> str:
+        """Weights, moments and EMA of the last checkpoint; step, schedule and data go on. Its name."""
+        self.writer.wait()
+        torch.distributed.barrier(self.writer.group)  # it exists for all ranks once rank 0 has renamed it
+        found = checkpoints(self.recipe.output)
+        if not found:
+            raise RuntimeError(
+                f"{self.recipe.name} diverged at step {trainer.global_step} before its first checkpoint: "
+                "lower optim.learning_rate, lengthen optim.warmup_steps, or look at the samples in "
+                "skipped.jsonl"
+            )
+        self.read(found[max(found)])
+        return found[max(found)].name
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.state.update_ema(trainer.global_step)
+        self.writer.poll()
+        if trainer.global_step % self.recipe.save_every == 0:
+            self.save(trainer.global_step)
+        self.validation_loss = None
+
+    def on_train_end(self, trainer, module):
+        if self.saved_step != trainer.global_step:
+            self.save(trainer.global_step)
+        self.writer.wait()
+
+    def save(self, step):
+        """Copy this rank's share and write it in the background."""
+        tensors, owners = self.state.tensors(replica=0)
+        check_space(self.folder, sum(t.nbytes for t in tensors.values()))
+        copied = {name: self.writer.copy(tensors)[name] for name in tensors}
+        told = {
+            "step": step,
+            "recipe": self.recipe.name,
+            "optimizer_steps": self.state.optimizer_steps,
+            "validation_loss": self.validation_loss,
+            **{name: extra.state() for name, extra in self.extras.items()},
+        }
+        self.writer.start(lambda group: self._write(group, step, pieces(copied, owners), told))
+        self.saved_step = step
+
+    def _write(self, group, step, parts, told):
+        folder = self.folder / f"step={step}"
+        partial = folder.with_name(folder.name + PARTIAL)
+        write_folder(partial / TENSORS, parts, group)
+        if torch.distributed.get_rank() == 0:
+            write_json(partial / STATE, told)
+            os.replace(partial, folder)
+            self._remove_old()
+
+    def _remove_old(self):
+        found = checkpoints(self.recipe.output)
+        losses = {step: read_state(folder)["validation_loss"] for step, folder in found.items()}
+        kept = self.recipe
+        for step in superfluous(
+            losses, keep_last=kept.keep_last, keep_every=kept.keep_every, keep_best=kept.keep_best
+        ):
+            remove(found[step])
+
+
+def _start_at(trainer, step):
+    """Make Lightning count from `step`: its loops, and the learning rate, which is a function of the step."""
+    loop = trainer.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+    for count in (loop.batch_progress.total, loop.batch_progress.current):
+        count.ready = count.started = count.processed = count.completed = step
+    loop._batches_that_stepped = step
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.last_epoch = step - 1
+        config.scheduler.step()
