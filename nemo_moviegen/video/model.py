@@ -38,10 +38,10 @@ RECOMPUTE = {
 }
 """Megatron's settings for each `layout.recompute`.
 
-What a layer keeps of each token of its rank, counted in hidden states (tests/parallel/test_context.py, the 30B
-model's proportions, tensor 1): 32.4 without recomputation, 15.0 selective, 1.0 full; over two context ranks
-37.4, 16.0 and 1.0. Computed again: nothing, the feed-forward (a fifth of a layer's forward FLOPs at 73K
-tokens), everything.
+What a layer keeps of each token of its rank, in hidden states (measured: tests/parallel/test_context.py, with
+the 30B model's proportions and tensor 1): 32.4 without recomputation, 15.0 selective, 1.0 full; over two
+context ranks 37.4, 16.0 and 1.0. What that costs: nothing, the feed-forward (a fifth of the forward FLOPs at
+73K tokens) and the gathers again, the whole forward pass.
 """
 
 

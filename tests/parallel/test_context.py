@@ -121,6 +121,55 @@ def test_a_planted_bug_is_noticed(name, weights, reference):
     assert (abs(result[0] - reference[0]) > 1e-10) == seen_in_loss
 
 
+@pytest.mark.parametrize("gathers_again", [False, True])
+def test_collectives_are_under_way_while_heads_attend(gathers_again, monkeypatch):
+    torch.manual_seed(0)
+    log, attend, gradient = [], attention._attend, torch.autograd.grad
+
+    def logged(name, result=None):
+        log.append(name)
+        return result
+
+    def collective(name, result):  # of a single rank, so nothing needs to travel
+        number = sum(line.startswith(f"start {name}") for line in log)
+        log.append(f"start {name} {number}")
+        return SimpleNamespace(wait=lambda: logged(f"wait {name} {number}", result))
+
+    monkeypatch.setattr(
+        attention,
+        "start_gather_tokens",
+        lambda own, into=None: collective("gather", own.clone() if into is None else into.copy_(own)),
+    )
+    monkeypatch.setattr(attention, "start_sum_to_owners", lambda whole: collective("sum", whole))
+    monkeypatch.setattr(attention, "_attend", lambda *args: logged("attend", attend(*args)))
+    query, key, value = (torch.randn(5, 1, 3, 8, requires_grad=True) for _ in range(3))
+    out = attention.ContextAttention.apply(query, key, value, gathers_again, True)
+    assert log == [
+        *("start gather 0", "start gather 1", "wait gather 0", "attend"),
+        *("start gather 2", "wait gather 1", "attend"),
+        *("wait gather 2", "attend"),
+    ]
+    log.clear()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: logged("backward", gradient(*args)))
+    out.backward(torch.ones_like(out))
+    sums = [line for line in log if "gather" not in line]
+    assert sums == [
+        *("backward", "start sum 0", "backward", "start sum 1", "backward", "start sum 2"),
+        *("wait sum 0", "wait sum 1", "wait sum 2"),
+    ]
+    gathers = [line for line in log if "sum" not in line]
+    again = [
+        "start gather 0",
+        "start gather 1",
+        "wait gather 0",
+        "backward",
+        "start gather 2",
+        "wait gather 1",
+    ]
+    again += ["backward", "wait gather 2", "backward"]
+    assert gathers == (again if gathers_again else ["backward"] * 3)
+
+
 WIDE = replace(tiny.SIZE, width=256, ffn_width=683, qk_norm=False)  # the 30B model's proportions
 
 
