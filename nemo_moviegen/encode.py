@@ -47,14 +47,14 @@ def encode(
     bucket does not serve; also where no training clip is readable.
     """
     from nemo_moviegen.data.clips import read_manifest
-    from nemo_moviegen.text_encoders import TextEncoders
+    from nemo_moviegen.text_encoders import TextEncoders, encoder_device
     from nemo_moviegen.training.autoencoder import load_autoencoder
 
     started = time.perf_counter()
     clips = read_manifest(manifest)
     splits = {split: [clip for clip in clips if clip.split == split] for split in ("train", "heldout")}
     _check(manifest, splits, bucket, batch_size)
-    device, dtype = ("cuda:0", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = encoder_device()
     encoders = TextEncoders.load(encoders_folder, context_sizes, device=device, dtype=dtype)
     autoencoder = load_autoencoder(autoencoder_folder).to(device)
 

@@ -47,6 +47,7 @@ def generate(
     `batch_size` nor the other prompts change a sample. Raises ValueError before any model is loaded where a
     folder, a prompt, a size or the output does not serve.
     """
+    from nemo_moviegen.data.collate import limit_text
     from nemo_moviegen.data.latents import LatentReader
     from nemo_moviegen.text_encoders import TextEncoders
     from nemo_moviegen.training.autoencoder import load_autoencoder
@@ -73,7 +74,9 @@ def generate(
     scale = recipe.guidance_scale if guidance_scale is None else guidance_scale
     device = next(model.parameters()).device
     encoders = TextEncoders.load(encoders_folder, recipe.size.contexts, device=device)
+    limits = (recipe.size.contexts, recipe.data.token_limits)
     features = encoders.encode([with_fps(prompt, fps) for prompt in prompts])
+    features = [limit_text(feature, *limits) for feature in features]
     del encoders  # the largest of the three models: its memory is worth more to the decoder
     autoencoder = load_autoencoder(autoencoder_folder).to(device)
 
@@ -82,7 +85,7 @@ def generate(
     latent_BTCHW = sample_prompts(
         model,
         features,
-        latents.empty_prompt,
+        limit_text(latents.empty_prompt, *limits),
         recipe.size.contexts,
         (latent_THW[0], recipe.size.output_channels, *latent_THW[1:]),
         schedule=schedule,

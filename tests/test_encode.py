@@ -12,6 +12,7 @@ import torch
 from nemo_moviegen.data.clips import sample_id, write_manifest
 from nemo_moviegen.data.dali import ClipLoader
 from nemo_moviegen.data.latents import LatentReader
+from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.encode import encode, heldout_folder
 from nemo_moviegen.prompts import with_fps
@@ -189,3 +190,14 @@ def test_a_manifest_without_training_clips_is_refused(stage, tmp_path):
         run(stage, tmp_path / "latents", clips=heldout)
     with pytest.raises(ValueError, match="no clip manifest"):
         encode(tmp_path / "no.parquet", "x", stage.encoders, tmp_path, bucket=BUCKET, context_sizes=CONTEXTS)
+
+
+def test_online_text_gives_the_encoded_features_bit_for_bit(stage, encoded):
+    """The encode stage took prompts in twos; what a training step reads at once does not matter."""
+    reader = LatentReader(encoded[0])
+    online = OnlineText(reader, TextEncoders.load(stage.encoders, CONTEXTS))
+    for found, wanted in zip(online.read(range(10)), reader.read(range(10)), strict=True):
+        for name, feature in wanted.contexts.items():
+            np.testing.assert_array_equal(found.contexts[name], feature)
+    for name, feature in reader.empty_prompt.items():
+        np.testing.assert_array_equal(online.empty_prompt[name], feature)

@@ -13,7 +13,7 @@ import torch
 from nemo_moviegen.data import synthetic
 from nemo_moviegen.data.clips import BIG_BUCK_BUNNY_CAPTION
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
+from nemo_moviegen.sizes import VIDEO_TINY
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 
 CONTEXTS = VIDEO_TINY.contexts
@@ -68,7 +68,7 @@ def test_byt5_sees_only_quoted_text_and_the_others_see_all(encoders):
     assert none["byt5"].shape == (0, 32)
     assert first["ul2"].shape != second["ul2"].shape
     with_rate = encoders.encode([with_fps('a "HI" sign', 16)])[0]
-    np.testing.assert_allclose(with_rate["byt5"], first["byt5"], atol=ROUNDING)
+    np.testing.assert_array_equal(with_rate["byt5"], first["byt5"])
     assert len(with_rate["ul2"]) == len(first["ul2"]) + 3  # fps - 16
 
 
@@ -83,7 +83,7 @@ def test_features_do_not_depend_on_the_batch(encoders):
     together = encoders.encode(prompts)
     for prompt, row in zip(prompts, together, strict=True):
         for name, feature in encoders.encode([prompt])[0].items():
-            np.testing.assert_allclose(feature, row[name], atol=ROUNDING)
+            np.testing.assert_array_equal(feature, row[name])  # online text relies on it
 
 
 def test_the_last_layer_is_returned(encoders):
@@ -108,8 +108,9 @@ def test_long_prompts_are_cut_and_said_once(folder, caplog):
     assert {name: len(feature) for name, feature in first.items()} == {"ul2": 24, "metaclip": 24, "byt5": 0}
     assert encoders.num_cut == {"ul2": 3, "metaclip": 3, "byt5": 1}
     assert sorted(record.args[0] for record in caplog.records) == ["byt5", "metaclip", "ul2"]
-    closing = encoders._tokenizers["ul2"]([long], truncation=True, max_length=24)["input_ids"][0][-1]
-    assert closing == encoders._tokenizers["ul2"].eos_token_id
+    for name in ("ul2", "metaclip"):  # a cut prompt ends as a whole one
+        tokenizer = encoders._tokenizers[name]
+        assert tokenizer(long, truncation=True, max_length=24)["input_ids"][-1] == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -177,117 +178,6 @@ def test_loading_never_opens_a_connection(folder, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     assert TextEncoders.load(folder, CONTEXTS).encode(["a"])[0]["ul2"].shape == (2, 64)
-
-
-def write_real_layout(folder):
-    """UL2 as published (sentencepiece, encoder and decoder) and CLIP (both towers, vocabulary, merges)."""
-    import sentencepiece
-    from transformers import CLIPConfig, CLIPModel, T5Config, T5ForConditionalGeneration
-
-    for name in ("ul2", "metaclip"):
-        (folder / name).mkdir(parents=True)
-    corpus = folder / "corpus.txt"
-    corpus.write_text("a red circle moves to the right\nthe blue square is on a black background\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "ul2" / "spiece"),
-        vocab_size=60,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "ul2" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
-    config = T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=64, num_layers=1, num_heads=4)
-    T5ForConditionalGeneration(config).save_pretrained(folder / "ul2", max_shard_size="60KB")
-
-    letters = list("abcdefghijklmnopqrstuvwxyz0123456789-")
-    pieces = [*letters, *(f"{c}</w>" for c in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "metaclip" / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(pieces)}))
-    (folder / "metaclip" / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
-    (folder / "metaclip" / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
-    )
-    end = len(pieces) - 1
-    text = {"vocab_size": len(pieces), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
-    text |= {
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "bos_token_id": end - 1,
-        "eos_token_id": end,
-    }
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    both = CLIPConfig(text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 16})
-    CLIPModel(both).save_pretrained(folder / "metaclip")
-
-
-def test_folders_of_published_layout_load(tmp_path):
-    write_real_layout(tmp_path)
-    contexts = (
-        ContextSize(name="ul2", width=64, max_tokens=24),
-        ContextSize(name="metaclip", width=64, max_tokens=256),
-    )
-    assert len(list((tmp_path / "ul2").glob("*.safetensors"))) > 1  # several shards
-    encoders = TextEncoders.load(tmp_path, contexts)
-    short, long = encoders.encode(["red", "red " * 400])
-    assert short["metaclip"].shape == (1 + 2, 64)
-    assert long["metaclip"].shape == (256, 64)  # beyond the 77 of the tokenizer's file
-    assert long["ul2"].shape == (24, 64) and 2 <= len(short["ul2"]) < 6
-
-
-@pytest.mark.parametrize(
-    "damage, match",
-    [
-        (lambda f: shutil.rmtree(f), "the folder is missing"),
-        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-        (lambda f: (f / "model.safetensors").unlink(), "safetensors is missing"),
-        (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "the tokenizer"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "does not load"),
-        (
-            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9000]),
-            "not load",
-        ),
-        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer in .* does not load"),
-        (lambda f: (f / "config.json").write_text("{"), "does not load"),
-    ],
-)
-def test_a_missing_or_damaged_file_is_named(folder, tmp_path, damage, match):
-    bad = copy_of(folder, tmp_path)
-    damage(bad / "metaclip")
-    with pytest.raises(ValueError, match=match) as error:
-        TextEncoders.load(bad, CONTEXTS)
-    assert str(bad / "metaclip") in str(error.value)
-
-
-def test_missing_weights_are_told_how_to_get(tmp_path):
-    with pytest.raises(ValueError, match=r"ul2/ \(64 wide\).*save_pretrained.*--toy-encoders"):
-        TextEncoders.load(tmp_path / "nowhere", CONTEXTS)
-
-
-def test_weights_that_lack_a_tensor_are_refused(folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    bad = copy_of(folder, tmp_path)
-    path = bad / "ul2" / "model.safetensors"
-    weights = {name: tensor for name, tensor in load_file(path).items() if "block.1.layer.0" not in name}
-    save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lack encoder.block.1.layer.0"):
-        TextEncoders.load(bad, CONTEXTS)
-
-
-@pytest.mark.parametrize(
-    "context, match",
-    [
-        (ContextSize(name="ul2", width=4096, max_tokens=24), "64 wide, the recipe expects 4096"),
-        (ContextSize(name="metaclip", width=64, max_tokens=256), "24 positions, the recipe keeps 256"),
-        (ContextSize(name="gpt", width=64, max_tokens=24), "no text encoder 'gpt'; known: ul2"),
-    ],
-)
-def test_an_encoder_that_does_not_fit_the_recipe_is_refused(folder, context, match):
-    with pytest.raises(ValueError, match=match):
-        TextEncoders.load(folder, (context,))
 
 
 def test_toy_weights_do_not_replace_real_ones(folder, tmp_path):

@@ -7,14 +7,20 @@ from nemo_moviegen.batch import VideoBatch
 
 
 def collate(
-    samples, epochs, context_sizes, dtype=torch.float32, pad="longest", latent_channels=None
+    samples,
+    epochs,
+    context_sizes,
+    dtype=torch.float32,
+    pad="longest",
+    latent_channels=None,
+    token_limits=None,
 ) -> VideoBatch:
     """The samples as a batch, floating-point tensors as `dtype`, contexts in the order of `context_sizes`.
 
-    `epochs` says how often each sample was seen. Text is padded with zeros to the longest of the batch
-    (pad="longest", at least one token, so an encoder that saw no text is one masked token) or to the
-    encoder's `max_tokens` (pad="max", the same shape every step). ValueError where shapes differ, or features
-    or channels are not those of the recipe.
+    `epochs` says how often each sample was seen. Text is cut to the recipe's `token_limits` (see `cut_text`),
+    then padded with zeros to the longest of the batch (pad="longest", at least one token, so an encoder that
+    saw no text is one masked token) or to the encoder's limit (pad="max", the same shape every step).
+    ValueError where shapes differ, or features or channels are not those of the recipe.
     """
     if pad not in ("longest", "max"):
         raise ValueError(f"pad is {pad!r}; use longest or max")
@@ -23,7 +29,8 @@ def collate(
             f"{len(samples)} samples and {len(epochs)} epochs: a batch needs one epoch for each sample"
         )
     _check_latents(samples, latent_channels)
-    padded = [_pad(samples, size, pad) for size in context_sizes]
+    limits = [token_limits.of(size) if token_limits else size.max_tokens for size in context_sizes]
+    padded = [_pad(samples, size, limit, pad) for size, limit in zip(context_sizes, limits, strict=True)]
     _check_text(samples, [mask_BL for _, mask_BL in padded])
     return VideoBatch(
         latent_BTCHW=torch.from_numpy(np.stack([sample.latent_TCHW for sample in samples])).to(dtype),
@@ -60,7 +67,23 @@ def _check_text(samples, masks):
             )
 
 
-def _pad(samples, size, pad):
+def cut_text(features_LD, limit):
+    """Features of at most `limit` tokens: the first ones and always the last, the closing token's.
+
+    The closing token is the one CLIP reads a prompt's meaning from (each of its tokens sees only those before
+    it), and the end that T5's text was trained with. The features themselves stay as they are.
+    """
+    if len(features_LD) <= limit:
+        return features_LD
+    return np.concatenate([features_LD[: limit - 1], features_LD[-1:]])
+
+
+def limit_text(contexts, context_sizes, token_limits):
+    """Features [L, width] by encoder, each cut to `token_limits`: a prompt as training saw it."""
+    return {size.name: cut_text(contexts[size.name], token_limits.of(size)) for size in context_sizes}
+
+
+def _pad(samples, size, limit, pad):
     """Features [B, L, width] and mask [B, L] of one text encoder."""
     features = []
     for sample in samples:
@@ -80,8 +103,8 @@ def _pad(samples, size, pad):
                 f"{sample.clip_id}: {len(features_LD)} tokens of {size.name}, the recipe takes "
                 f"{size.max_tokens}: run `moviegen encode` with this recipe, or raise the size's max_tokens"
             )
-        features.append(features_LD)
-    length = size.max_tokens if pad == "max" else max(1, *(len(f) for f in features))
+        features.append(cut_text(features_LD, limit))
+    length = limit if pad == "max" else max(1, *(len(f) for f in features))
     return pad_features(features, length, size.width)
 
 

@@ -61,7 +61,7 @@ class LatentWriter:
         """Append one sample. ValueError for a repeated id, other channels, or values float16 cannot hold."""
         with np.errstate(over="ignore"):  # _check names the sample
             latent_TCHW = np.asarray(sample.latent_TCHW, np.float16)
-            contexts = {name: np.asarray(features, np.float16) for name, features in sample.contexts.items()}
+            contexts = as_stored(sample.contexts)
         self._check(sample, latent_TCHW, contexts)
         if self._shard is None:
             self._open_shard()
@@ -154,7 +154,7 @@ class LatentWriter:
 
 def write_empty_prompt(folder, contexts):
     """Store the text features of the empty prompt, [L, width] by encoder, beside the shards."""
-    arrays = {name: np.asarray(features, np.float16) for name, features in contexts.items()}
+    arrays = as_stored(contexts)
     Path(folder).mkdir(parents=True, exist_ok=True)
 
     def write(part):
@@ -203,7 +203,7 @@ class LatentReader:
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `moviegen encode` again")
         with np.load(path) as arrays:
-            return {name: arrays[name].astype(np.float32) for name in arrays.files}
+            return as_read({name: arrays[name] for name in arrays.files})
 
     def __getitem__(self, row) -> LatentSample:
         """The sample, latents normalised to about zero mean and unit deviation a channel.
@@ -224,7 +224,7 @@ class LatentReader:
         mean_C11, std_C11 = self.mean_C[:, None, None], self.std_C[:, None, None]
         return LatentSample(
             latent_TCHW=(latent_TCHW.astype(np.float32) - mean_C11) / std_C11,
-            contexts={name: features.astype(np.float32) for name, features in contexts.items()},
+            contexts=as_read(contexts),
             **facts,
         )
 
@@ -283,6 +283,16 @@ class LatentReader:
                     else f"it has {found} bytes, {nbytes} were written"
                 )
                 raise self._damage(row, what)
+
+
+def as_stored(contexts):
+    """Text features [L, width] by encoder as a shard keeps them: float16."""
+    return {name: np.asarray(features, np.float16) for name, features in contexts.items()}
+
+
+def as_read(contexts):
+    """Features as `LatentReader` returns them: float32, rounded as stored."""
+    return {name: features.astype(np.float32) for name, features in contexts.items()}
 
 
 def _read_index(folder):

@@ -12,6 +12,7 @@ from nemo_moviegen import flow
 from nemo_moviegen.data.collate import collate
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.order import BatchOrder
+from nemo_moviegen.training.text import with_text
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -33,7 +34,13 @@ class MicroBatches(torch.utils.data.IterableDataset):
                 part = slice(start, start + self.recipe.micro_batch)
                 samples = self.reader.read(rows[part])
                 samples = [self._drop_prompt(s, e) for s, e in zip(samples, epochs[part], strict=True)]
-                yield collate(samples, epochs[part], size.contexts, latent_channels=size.input_channels)
+                yield collate(
+                    samples,
+                    epochs[part],
+                    size.contexts,
+                    latent_channels=size.input_channels,
+                    token_limits=self.recipe.data.token_limits,
+                )
 
     def _drop_prompt(self, sample, epoch):
         generator = flow.sample_generator(self.recipe.seed, sample.sample_id, epoch, "prompt_drop")
@@ -78,7 +85,7 @@ class LatentDataModule(pl.LightningDataModule):
         from megatron.core import parallel_state
 
         batches = MicroBatches(
-            self.reader,
+            with_text(self.reader, self.recipe),
             self.order,
             self.recipe,
             parallel_state.get_data_parallel_rank(),
