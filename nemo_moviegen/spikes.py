@@ -91,11 +91,11 @@ class SpikeDetector:
         }
 
     def load_state(self, state):
-        """Go on as the detector would that `state()` was asked of; windows keep their newest values."""
-        self._windows.clear()
-        for key, values in state["windows"].items():
-            self._windows[key] = deque(values, maxlen=self.guard.window)
-        self.skipped, self.in_a_row, self.rollbacks, self._good_since_rollback = state["counts"]
+        """Go on as the detector would that `state()` was asked of, or afresh from {}."""
+        windows = state.get("windows", {}).items()
+        self._windows = {key: deque(values, maxlen=self.guard.window) for key, values in windows}
+        counts = state.get("counts", [0, 0, 0, 0])
+        self.skipped, self.in_a_row, self.rollbacks, self._good_since_rollback = counts
 
     def _window(self, kind, name):
         return self._windows.setdefault(f"{kind}/{name}", deque(maxlen=self.guard.window))

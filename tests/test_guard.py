@@ -102,6 +102,8 @@ def test_a_detector_that_was_saved_and_loaded_judges_as_the_one_that_went_on(bef
             resumed.rolled_back()
             whole.rolled_back()
     assert resumed.state() == whole.state()
+    resumed.load_state({})  # of a checkpoint from before there was a guard
+    assert resumed.state() == {"windows": {}, "counts": [0, 0, 0, 0]}
 
 
 def test_so_many_bad_steps_in_a_row_want_a_rollback_and_good_ones_forget_the_old_ones():

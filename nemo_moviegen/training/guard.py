@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import lightning.pytorch as pl
-from megatron.core.optimizer import ChainedOptimizer
 
 from nemo_moviegen.spikes import SpikeDetector
 from nemo_moviegen.training.record import open_after
@@ -21,16 +20,16 @@ grad_norm and reason; after a rollback a line with its step and rolled_back_to, 
 
 class SkipBadSteps(pl.Callback):
     """`rollback(trainer)` loads weights, moments and EMA of the last checkpoint on all ranks, leaving step
-    count, schedule and data where they are, and returns its name; "" where there is no checkpoint yet.
+    count, schedule and data where they are, and returns its name.
 
-    RuntimeError on every rank where a rollback is due that `guard.max_rollbacks` does not allow, or that has
-    no checkpoint to go to.
+    RuntimeError on every rank where a rollback is due and `guard.max_rollbacks` does not allow it.
     """
 
     def __init__(self, recipe, data, rollback):
         self.recipe, self.data, self.rollback = recipe, data, rollback
         self.detector = SpikeDetector(recipe.guard)
-        self.loss = self.grad_norm = float("nan")
+        self.loss = self.grad_norm = None
+        """Of the last step, reduced over all ranks."""
         self.reason = ""
         """Why the last step was skipped, "" if it was not."""
 
@@ -51,40 +50,40 @@ class SkipBadSteps(pl.Callback):
                 self._record(trainer, {"rolled_back_to": self._roll_back(trainer)})
 
     def _watch(self, optimizer):
-        """Have the optimizer ask before it applies gradients whose norm it has just taken."""
-        if not isinstance(optimizer, ChainedOptimizer):  # its step() alone takes the norm, then applies
-            raise RuntimeError(f"{type(optimizer).__name__} is not what megatron-core 0.15.3 makes")
-        take_norm, apply = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+        """Have megatron's optimizer ask before it applies gradients whose norm it has just taken."""
+        apply = optimizer.step_with_ready_grads
 
-        def get_grad_norm():
-            self.grad_norm = take_norm()
-            return self.grad_norm
+        def remember(take_norm):
+            def taken(*args):
+                self.grad_norm = take_norm(*args)
+                return self.grad_norm
+
+            return taken
 
         def step_with_ready_grads():
             kind = self.data.order.kind(self.trainer.global_step)
             self.reason = self.detector.judge(kind, self.loss, self.grad_norm)
             return False if self.reason else apply()
 
-        optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+        # a chain of optimizers takes its norm by the first, a single one (of Megatron FSDP) by the second
+        optimizer.get_grad_norm = remember(optimizer.get_grad_norm)
+        optimizer.clip_grad_norm = remember(optimizer.clip_grad_norm)
+        optimizer.step_with_ready_grads = step_with_ready_grads
 
     def _roll_back(self, trainer):
-        guard, step = self.recipe.guard, trainer.global_step
+        guard = self.recipe.guard
         said = (
-            f"{self.recipe.name}: {self.detector.in_a_row} steps in a row up to step {step} were bad, the "
-            f"last because its {self.reason}"
-        )
-        advice = (
-            f"look at the samples in {self.recipe.output}/{SKIPPED_FILE}, then start again with a lower "
-            "optim.learning_rate, a smaller optim.clip_grad, or a larger guard.spike_mads if none was bad"
+            f"{self.recipe.name}: {self.detector.in_a_row} steps in a row up to step {trainer.global_step} "
+            f"were bad, the last because its {self.reason}"
         )
         if self.detector.rollbacks >= guard.max_rollbacks:
             raise RuntimeError(
                 f"{said}; {guard.max_rollbacks} rollbacks without {guard.window} good steps between them did "
-                f"not help: {advice}"
+                f"not help: look at the samples in {self.recipe.output}/{SKIPPED_FILE}, then start again "
+                "with a lower optim.learning_rate, a smaller optim.clip_grad, or, if none was bad, a larger "
+                "guard.spike_mads"
             )
         checkpoint = self.rollback(trainer)
-        if not checkpoint:
-            raise RuntimeError(f"{said}, and there is no checkpoint yet to go back to: {advice}")
         self.detector.rolled_back()
         if trainer.is_global_zero:
             print(f"{said}; training goes on from the weights of {checkpoint}", flush=True)

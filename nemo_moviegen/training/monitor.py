@@ -64,11 +64,6 @@ class RankReport:
     skipped: int
     """Steps that this rank has skipped in this run."""
 
-    @property
-    def decision(self) -> tuple[int, ...]:
-        """What the rank decided the step by, as bits: two NaNs are equal."""
-        return _bits(self.loss), _bits(self.grad_norm), self.skipped
-
     def __str__(self):
         return f"rank {self.rank} (tensor {self.tensor}, context {self.context}, data {self.data})"
 
@@ -98,7 +93,8 @@ class Monitor(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.due:
             self.due = False
-            compare(self.report(module), parameters_of(module, self.recipe.layout), trainer.global_step)
+            parameters = parameters_of(module, self.recipe.layout)
+            compare(self.report(module), parameters, self.recipe.global_batch, trainer.global_step)
 
     def report(self, module) -> RankReport:
         """This rank's, of the step that has just ended."""
@@ -144,9 +140,9 @@ def parameters_of(module, layout) -> list[Parameter]:
     ]
 
 
-def compare(report, parameters, step):
+def compare(report, parameters, global_batch, step):
     """Collective: RuntimeError on all ranks where the `RankReport` of one does not fit the others'."""
-    if all_agree(report, parameters):
+    if all_agree(report, parameters, global_batch):
         return
     reports = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
@@ -159,7 +155,7 @@ def compare(report, parameters, step):
     )
 
 
-def all_agree(report, parameters) -> bool:
+def all_agree(report, parameters, global_batch) -> bool:
     """Collective: whether the reports of all ranks fit each other, the same answer everywhere.
 
     Every fact has its place in a vector of int64 that the ranks fill which must agree on it: they do where
@@ -170,14 +166,16 @@ def all_agree(report, parameters) -> bool:
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_data_parallel_world_size(),
     )
-    samples = [number for sample in report.samples for number in sample]
+    # a rank that took too few samples or too many must not bring a vector of another length
+    samples = (*report.samples, *[(-1, -1)] * global_batch)[: global_batch // copies]
+    samples = [number for sample in samples for number in sample]
     piece = report.data * context + report.context
     own = torch.cat(
         (
             _row(report.data, copies, [report.noise, *samples]),
             _row(report.tensor, tensor, [_digest_of(report, parameters, (True, False))]),
             _row(piece, copies * context, [_digest_of(report, parameters, (False, True))]),
-            _row(0, 1, [_digest_of(report, parameters, (False, False)), *report.decision]),
+            _row(0, 1, [_digest_of(report, parameters, (False, False)), *_decision(report)]),
         )
     )
     negated = torch.where(own == EMPTY, EMPTY, ~own)  # ~ turns the order round
@@ -201,7 +199,7 @@ def violations(reports, parameters) -> list[str]:
         found += _differing(f"parameter {parameter.name}", reports, lambda r, i=index: r.checksums[i], key)
     if len(found) > _MOST_NAMED:
         found[_MOST_NAMED:] = [f"and {len(found) - _MOST_NAMED} parameters more"]
-    found += _differing("batch (sample id, epoch)", reports, lambda r: r.samples, _copy, shown=True)
+    found += _differing("batch (sample id, epoch)", reports, lambda r: r.samples, _copy, _listed)
     found += _differing("noise of the batch", reports, lambda r: r.noise, _copy)
     first = {report.data: report for report in reversed(reports)}
     shared = _in_two_copies(
@@ -210,22 +208,26 @@ def violations(reports, parameters) -> list[str]:
     for (sample, epoch), copies in list(shared.items())[:_MOST_NAMED]:
         ranks = " and ".join(str(first[copy]) for copy in copies[:_MOST_NAMED])
         found.append(f"sample {sample} (epoch {epoch}) is in more than one copy's batch: {ranks}")
-    found += _differing(
-        "loss, gradient norm, steps skipped",
-        reports,
-        lambda r: (r.loss, r.grad_norm, r.skipped),
-        lambda _: None,
-        shown=True,
-        same=lambda r: r.decision,
-    )
-    found += [
-        f"a gradient norm of {r.grad_norm} was applied on {r}" for r in reports if _applied_a_bad_norm(r)
-    ]
+    found += _differing("loss, gradient norm, steps skipped", reports, _decision, _KEYS[False, False], _told)
+    found += [f"gradient norm {r.grad_norm} was applied on {r}" for r in reports if _applied_a_bad_norm(r)]
     return found
 
 
 def _copy(report):
     return report.data
+
+
+def _decision(report):
+    """What the rank judged the step by, as integers: a NaN must equal a NaN."""
+    return _bits(report.loss), _bits(report.grad_norm), report.skipped
+
+
+def _told(report):
+    return f" ({report.loss!r}, {report.grad_norm!r}, {report.skipped})"
+
+
+def _listed(report):
+    return f" {list(report.samples)}"
 
 
 _KEYS = {  # (tensor_pieces, data_pieces): ranks of one key must hold the same
@@ -236,20 +238,19 @@ _KEYS = {  # (tensor_pieces, data_pieces): ranks of one key must hold the same
 }
 
 
-def _differing(what, reports, value, key, shown=False, same=None):
-    """Sentences for each set of ranks that `key` puts together and whose values are not one.
+def _differing(what, reports, value, key, shown=lambda _: ""):
+    """Sentences for the sets of ranks that `key` puts together and whose values are not one.
 
-    `same` gives what is compared where it is not the value; `shown` puts values into the sentence.
+    `shown` is what a sentence says of a rank's value.
     """
     sets = defaultdict(lambda: defaultdict(list))
     for report in reports:
-        sets[key(report)][(same or value)(report)].append(report)
+        sets[key(report)][value(report)].append(report)
     for by_value in sets.values():
-        if len(by_value) > 1:
-            most, *others = sorted(by_value.values(), key=lambda ranks: (-len(ranks), ranks[0].rank))
-            for ranks in others[:_MOST_NAMED]:
-                sides = (_named(side) + (f" {value(side[0])}" if shown else "") for side in (ranks, most))
-                yield f"{what}: {' differs from '.join(sides)}"
+        most, *others = sorted(by_value.values(), key=lambda ranks: (-len(ranks), ranks[0].rank))
+        for other in others[:_MOST_NAMED]:
+            sides = (_named(ranks) + shown(ranks[0]) for ranks in (other, most))
+            yield f"{what}: {' differs from '.join(sides)}"
 
 
 def _named(ranks):

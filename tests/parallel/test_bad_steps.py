@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.recipe import Layout
 from nemo_moviegen.spikes import Guard
-from parallel.guarded import guarded, keep_end, keep_start, to_the_start
+from parallel.guarded import guarded, keep_end
 from parallel.runs import recipe, train_on_ranks, write_latents
 
 GUARD = Guard(check_every=1, window=4, min_steps=2, rollback_after=2, max_rollbacks=1)
@@ -52,8 +53,8 @@ def batch_ids(run, step):
 
 @pytest.mark.parametrize(
     "layout, precision",
-    [(Layout(), "fp32"), (Layout(tensor=2, sharding="none"), "fp64")],
-    ids=["dp2 optimizer", "tp2+sp"],
+    [(Layout(), "fp32"), (Layout(sharding="full"), "fp64"), (Layout(tensor=2, sharding="none"), "fp64")],
+    ids=["dp2 optimizer", "dp2 full", "tp2+sp"],
 )
 def test_a_spike_and_a_nan_of_one_copy_cost_all_ranks_those_steps_and_nothing_else(
     layout, precision, tmp_path, latents
@@ -79,35 +80,41 @@ def test_a_spike_and_a_nan_of_one_copy_cost_all_ranks_those_steps_and_nothing_el
     assert nan["reason"] == "loss is nan" and math.isnan(nan["grad_norm"])
 
 
-def test_several_bad_steps_in_a_row_roll_back_once_and_training_goes_on(tmp_path, latents):
-    """The last checkpoint's weights, and the learning rate, the step and the data of the step itself."""
-    run = recipe(tmp_path / "run", latents, layout=DP, guard=GUARD)
-    bad = scale_latents({3: math.nan, 4: math.nan})
-    train_on_ranks(run, 2, before=guarded(bad, keep_start, rollback=to_the_start(run.output)))
+def test_several_bad_steps_in_a_row_go_back_to_the_last_checkpoint_and_training_goes_on(tmp_path, latents):
+    """Steps 7 and 8 are those of a run that has not learned since the checkpoint of step 3."""
+    run = recipe(tmp_path / "run", latents, layout=DP, guard=GUARD, num_steps=8)
+    train_on_ranks(run, 2, before=guarded(scale_latents({5: math.nan, 6: math.nan})))
     skipped = lines(run, "skipped.jsonl")
-    assert [line["step"] for line in skipped] == [3, 4, 4]
-    assert skipped[2] == {"step": 4, "rolled_back_to": "start"}
-    assert Path(run.output, "rollbacks0").read_text() == Path(run.output, "rollbacks1").read_text() == "4 "
-    fresh = replace(run, output=str(tmp_path / "fresh"))
-    train_on_ranks(fresh, 2, before=guarded(leave_out_the_optimiser(1, 2, 3, 4)))
-    assert losses(run)[4] == losses(fresh)[4]
-    assert len(losses(run)) == 6 and math.isfinite(losses(run)[5])
-    assert [line["train/learning_rate"] for line in lines(run, "metrics.jsonl")] == [1.5e-3] + 5 * [3e-3]
+    assert [line["step"] for line in skipped] == [5, 6, 6]
+    assert skipped[2] == {"step": 6, "rolled_back_to": "step=3"}
+    stood = replace(run, output=str(tmp_path / "stood"))
+    train_on_ranks(stood, 2, before=guarded(leave_out_the_optimiser(4, 5, 6)))
+    assert losses(run)[6:] == losses(stood)[6:] and all(map(math.isfinite, losses(run)[6:]))
+    assert losses(run)[4] != losses(stood)[4]
+    assert [line["train/learning_rate"] for line in lines(run, "metrics.jsonl")] == [1.5e-3] + 7 * [3e-3]
 
 
 def test_a_run_that_no_rollback_helps_ends_and_says_what_was_bad(tmp_path, latents):
-    run = recipe(tmp_path, latents, layout=DP, guard=GUARD)
+    run = recipe(tmp_path, latents, layout=DP, guard=GUARD, save_every=2)
     bad = scale_latents(dict.fromkeys((3, 4, 5, 6), math.nan))
     with pytest.raises(AssertionError, match=r"up to step 6 .*its loss is nan; 1 rollbacks .* did not help"):
-        train_on_ranks(run, 2, before=guarded(bad, keep_start, rollback=to_the_start(run.output)))
+        train_on_ranks(run, 2, before=guarded(bad))
     assert [line["step"] for line in lines(run, "skipped.jsonl")] == [3, 4, 4, 5, 6]
 
 
-def test_a_run_without_a_checkpoint_to_go_back_to_ends_and_says_so(tmp_path, latents):
-    run = recipe(tmp_path, latents, layout=DP, guard=GUARD)
-    bad = scale_latents({1: math.nan, 2: math.nan})
-    with pytest.raises(AssertionError, match=r"2 steps in a row up to step 2 .* there is no checkpoint yet"):
-        train_on_ranks(run, 2, before=guarded(bad))
+def test_a_resumed_run_judges_like_the_uninterrupted_one(tmp_path, latents):
+    """The window before the resume makes step 7 a spike; what was skipped past it is told once."""
+    guard = Guard(check_every=1, window=8, min_steps=3)
+    whole = recipe(tmp_path / "whole", latents, layout=DP, guard=guard, num_steps=8)
+    resumed = replace(whole, output=str(tmp_path / "resumed"))
+    bad = scale_latents({4: math.nan, 7: 1e4})
+    train_on_ranks(whole, 2, before=guarded(bad))
+    train_on_ranks(replace(resumed, num_steps=4), 2, before=guarded(bad))
+    shutil.rmtree(Path(resumed.output, "checkpoints", "step=4"))  # as if killed before it was whole
+    train_on_ranks(resumed, 2, before=guarded(bad))
+    told, expected = (Path(run.output, "skipped.jsonl").read_text() for run in (resumed, whole))
+    assert told == expected and [line["step"] for line in lines(whole, "skipped.jsonl")] == [4, 7]
+    assert losses(resumed)[4:] == losses(whole)[4:]
 
 
 def scale_latents(factors):
@@ -138,10 +145,12 @@ def leave_out_the_optimiser(*steps):
 
     def plant(trainer, data):
         from megatron.core.optimizer import ChainedOptimizer
+        from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-        apply = ChainedOptimizer.step_with_ready_grads
-        ChainedOptimizer.step_with_ready_grads = lambda self: (
-            None if trainer.global_step + 1 in steps else apply(self)
-        )
+        for kind in (ChainedOptimizer, DistributedOptimizer):  # the latter alone with Megatron FSDP
+            apply = kind.step_with_ready_grads
+            kind.step_with_ready_grads = lambda self, apply=apply: (
+                None if trainer.global_step + 1 in steps else apply(self)
+            )
 
     return plant
