@@ -271,3 +271,18 @@ def test_each_rank_reads_only_the_rows_it_holds(folder, num_ranks):
         for (first, end), piece in ranks:
             assert torch.equal(piece, parameter[first:end])
         assert torch.equal(torch.cat([piece for _, piece in ranks]), parameter)
+
+
+def test_the_shared_table_of_t5_may_be_stored_under_its_other_name(folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    other = copy_of(folder, tmp_path)
+    path = other / "ul2" / "model.safetensors"
+    weights = load_file(path)
+    weights["encoder.embed_tokens.weight"] = weights.pop("shared.weight")
+    save_file(weights, path)
+    expected = TextEncoders.load(folder, CONTEXTS[:1]).encode(PROMPTS)
+    for features, wanted in zip(
+        TextEncoders.load(other, CONTEXTS[:1]).encode(PROMPTS), expected, strict=True
+    ):
+        np.testing.assert_array_equal(features["ul2"], wanted["ul2"])
