@@ -22,10 +22,8 @@ def shard_over(model, group_or_mesh, device_type="cpu"):
     mesh = group_or_mesh
     if not isinstance(mesh, DeviceMesh):
         mesh = DeviceMesh.from_group(mesh, device_type)
-    for part in (
-        *model.encoder.block,
-        model,
-    ):  # the model last: it takes what no block has, the embeddings and a norm
+    # the model last: it takes what no block has, the table and a norm
+    for part in (*model.encoder.block, model):
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     return model
 
