@@ -54,10 +54,8 @@ class ContextAttention(torch.autograd.Function):
             leaves = [
                 x.requires_grad_(needs_gradient) for x in (own_query.detach(), *whole.data.chunk(2, -1))
             ]
-            with torch.set_grad_enabled(
-                needs_gradient
-            ):  # a graph of this part alone: the kernel's own backward
-                out = _attend(*leaves)
+            with torch.set_grad_enabled(needs_gradient):
+                out = _attend(*leaves)  # a graph of this part alone, for the kernel's own backward
             outs.append(out.detach())
             if needs_gradient:
                 ctx.parts.append((out, leaves, whole))
