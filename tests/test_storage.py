@@ -3,7 +3,6 @@
 import os
 import pickle
 import resource
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ stand_in_for_cuda()
 
 from megatron.core import dist_checkpointing  # noqa: E402, after the stand-in
 
-from nemo_moviegen.training.shards import Part, Shard  # noqa: E402
+from nemo_moviegen.training.shards import Shard  # noqa: E402
 from nemo_moviegen.training.storage import (  # noqa: E402
     BackgroundWriter,
     Piece,
@@ -28,6 +27,7 @@ from nemo_moviegen.training.storage import (  # noqa: E402
     read_whole,
     write_folder,
 )
+from nemo_moviegen.video.weights import Part  # noqa: E402
 
 WHOLE = torch.arange(40.0).view(10, 4)
 
@@ -177,7 +177,7 @@ def _part_of(cut, whole, rank, ranks, rows, columns):
         segments, column = ((0, half, rank * half), (half, rows, (ranks + rank) * half)), 0
     else:
         local, segments, column = whole, ((0, rows, 0),), 0
-    return Part(tuple(local.shape), tuple(whole.shape), segments, column, 0, 1), local
+    return Part(tuple(local.shape), tuple(whole.shape), segments, column), local
 
 
 def test_each_replicated_parameter_is_saved_by_one_rank_and_they_take_turns():
@@ -186,7 +186,7 @@ def test_each_replicated_parameter_is_saved_by_one_rank_and_they_take_turns():
         found = [
             rank
             for rank in range(4)
-            if Shard(name, torch.zeros(1), 0, SimpleNamespace(holder=rank, holders=4)).replica == 0
+            if Shard(name, torch.zeros(1), 0, None, holder=rank, holders=4).replica == 0
         ]
         assert len(found) == 1
         savers.update(found)

@@ -177,7 +177,7 @@ def load_video_model(run_folder, layout=None, *, weights=None):
     layout = layout or Layout()
     join_process_groups(layout)
     precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
-    model = VideoTransformer(video_config(recipe.size, layout, precision))
+    model = VideoTransformer(video_config(recipe.size, layout, precision), seed=None)
     if on_gpu:
         model.cuda()
     has_average = any(name.startswith(f"{EMA}.") for name in tensor_shapes(folder / TENSORS))

@@ -10,6 +10,7 @@ import inspect
 import textwrap
 
 import torch
+import torch.utils._device as torch_devices
 
 CPU = torch.device("cpu")
 
@@ -23,6 +24,7 @@ def stand_in_for_cuda():
     _patch_streams()
     _patch_random_state()
     _patch_adam()
+    _patch_main_precision()
     _patch_fsdp()
 
 
@@ -72,6 +74,8 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def _patch_device_names():
+    # `with torch.device("meta")` remembers torch's factories at its first use: let it be these
+    torch_devices._device_constructors()
     # megatron schedules.py, clip_grads.py, optimizer.py, exchange_utils.py: factory calls with device="cuda";
     # NeMo: pin_memory=True
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "empty_like", "zeros_like"):
@@ -140,6 +144,43 @@ def _patch_adam():
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     sharded_optimizer.HAVE_APEX_OR_TE = sharded_optimizer.USING_APEX_OPTIMIZER = True
     megatron_optimizer.Adam = sharded_optimizer.Adam = GroupStepAdamW
+
+
+def _patch_main_precision():
+    """Megatron's optimizers name fp32 where they mean full precision: fp64 stays fp64 for the parity tests."""
+    import megatron.core.optimizer.clip_grads as clip_grads
+    import megatron.core.optimizer.distrib_optimizer as sharded_optimizer
+    import megatron.core.optimizer.optimizer as plain_optimizer
+
+    # The norm of all gradients, which scales them: megatron's fallback for the CUDA kernel rounds it to fp32
+    clip_grads.l2_norm_impl = _norm_of_all
+    # A rank without a gradient of its own (all of them are another tensor rank's duplicates) would bring an
+    # fp32 zero to the sum of the ranks' norms
+    norm = plain_optimizer.get_grad_norm_fp32
+    plain_optimizer.get_grad_norm_fp32 = lambda grads, *args, **kwargs: norm(
+        grads or [torch.zeros(1)], *args, **kwargs
+    )
+    # The distributed optimizer hands its slices of the gradients over with .float()
+    owner = sharded_optimizer.DistributedOptimizer
+    owner._copy_model_grads_to_main_grads = _keeping_doubles(owner._copy_model_grads_to_main_grads)
+
+
+def _norm_of_all(chunk_size, noop_flag, tensor_lists, per_tensor):
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensor_lists[0]]
+    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+
+
+def _keeping_doubles(method):
+    @functools.wraps(method)
+    def keep(*args, **kwargs):
+        as_float = torch.Tensor.float
+        torch.Tensor.float = lambda self: self if self.dtype == torch.float64 else as_float(self)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            torch.Tensor.float = as_float
+
+    return keep
 
 
 def _patch_fsdp():

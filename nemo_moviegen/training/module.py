@@ -15,11 +15,14 @@ from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
 
 
 class FlowMatchingModule(pl.LightningModule):
-    """A `VideoRecipe` as a Lightning module; `module` is the transformer once megatron's groups exist."""
+    """A `VideoRecipe` as a Lightning module; `module` is the transformer once megatron's groups exist.
 
-    def __init__(self, recipe, *, uses_transformer_engine):
+    A run that resumes needs no fresh weights (`is_fresh`): at 30B drawing them takes minutes on a CPU.
+    """
+
+    def __init__(self, recipe, *, uses_transformer_engine, is_fresh=True):
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.is_fresh = recipe, is_fresh
         self.config = video_config(
             recipe.size, recipe.layout, recipe.precision, uses_transformer_engine=uses_transformer_engine
         )
@@ -34,12 +37,12 @@ class FlowMatchingModule(pl.LightningModule):
         self.data_seconds = 0.0
 
     def configure_model(self):
-        """Fresh weights are a function of the recipe's seed, the same on every rank that shares them."""
+        """Lightning's hook once megatron's groups exist."""
         if not hasattr(self, "module"):
-            # NeMo seeds with a number of its own. Megatron's is for Transformer Engine's sharded linears
-            model_parallel_cuda_manual_seed(self.recipe.seed)
-            torch.manual_seed(self.recipe.seed)
-            self.module = VideoTransformer(self.config)
+            model_parallel_cuda_manual_seed(
+                self.recipe.seed
+            )  # Transformer Engine asks for megatron's streams
+            self.module = VideoTransformer(self.config, self.recipe.seed if self.is_fresh else None)
 
     def data_step(self, dataloader_iter):
         """The next micro-batch on this rank's device."""

@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from nemo_moviegen.video.model import VideoTransformer
+from nemo_moviegen.video.weights import Part, part_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,15 +35,17 @@ class Shard:
     weight: torch.Tensor
     """[n]: what the optimiser steps, in full precision; a view: writing to it changes the training state."""
     start: int
-    part: "Part"
+    part: Part
+    holder: int = 0
+    """This rank's number among the `holders` ranks that hold the same elements."""
+    holders: int = 1
     moments: dict = field(default_factory=dict)
     """Adam's first and second moment, [n] each; empty before the first step."""
 
     @property
     def replica(self):
         """0 on the one rank that saves it; ranks that hold the same elements take turns by name."""
-        owners = self.part.holders
-        return (self.part.holder - sum(self.name.encode())) % owners
+        return (self.holder - sum(self.name.encode())) % self.holders
 
     def rectangles(self, flat_n):
         """[(offset in the whole parameter, view of `flat_n` [n] with the rectangle's shape)]."""
@@ -63,20 +66,6 @@ class Shard:
         return found
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which rectangle of a parameter this rank's tensor-parallel part is, and how many ranks hold a shard."""
-
-    shape: tuple
-    whole_shape: tuple
-    segments: tuple
-    """((first row, last row + 1, row in the whole), ...) of the part."""
-    first_column: int
-    holder: int
-    """This rank's number among the `holders` that hold the same elements."""
-    holders: int
-
-
 def unwrapped(module) -> VideoTransformer:
     """The transformer inside the wrappers of NeMo, DDP or FSDP."""
     while not isinstance(module, VideoTransformer):
@@ -87,10 +76,11 @@ def unwrapped(module) -> VideoTransformer:
 def whole_shards(model) -> list[Shard]:
     """The weights of a model without an optimiser: each rank holds its tensor-parallel parts whole."""
     shares = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return [
-        Shard(name, p.detach().view(-1), 0, _part(name, p, model.config, shares))
-        for name, p in model.named_parameters()
-    ]
+    shards = []
+    for name, parameter in model.named_parameters():
+        part = part_of(name, parameter, model.config)
+        shards.append(Shard(name, parameter.detach().view(-1), 0, part, *_holders(part, shares)))
+    return shards
 
 
 def own_shards(model, optimizer) -> list[Shard]:
@@ -106,15 +96,9 @@ def own_shards(model, optimizer) -> list[Shard]:
             continue
         name = name or names[parameter]
         state = inner.state.get(main, {})
-        shards.append(
-            Shard(
-                name,
-                local.detach().view(-1),
-                start,
-                _part(name, parameter, model.config, shares),
-                {m: _local(state[m]).view(-1) for m in MOMENTS if m in state},
-            )
-        )
+        part = part_of(name, parameter, model.config)
+        moments = {m: _local(state[m]).view(-1) for m in MOMENTS if m in state}
+        shards.append(Shard(name, local.detach().view(-1), start, part, *_holders(part, shares), moments))
     return shards
 
 
@@ -155,26 +139,16 @@ def _local(tensor):
     return getattr(tensor, "_local_tensor", tensor)
 
 
-def _part(name, parameter, config, shares):
-    """`shares`: the group whose ranks hold the same elements beside tensor ranks, or None."""
-    shape, ranks = tuple(parameter.shape), 1
-    rank, row, column, whole = 0, 0, 0, list(shape)
-    is_cut = getattr(parameter, "tensor_model_parallel", False)
+def _holders(part, shares):
+    """(this rank's number among the ranks that hold the same elements, how many they are).
+
+    `shares`: the data-parallel group whose ranks all hold them, or None where its ranks share them out.
+    """
+    holder, holders = (0, 1) if shares is None else (shares.rank(), shares.size())
+    if part.is_cut:
+        return holder, holders
     tensor_group = parallel_state.get_tensor_model_parallel_group()
-    if is_cut:
-        ranks, rank = tensor_group.size(), tensor_group.rank()
-        dim = parameter.partition_dim
-        whole[dim] *= ranks
-        row, column = (rank * shape[0], 0) if dim == 0 else (0, rank * shape[1])
-    segments = ((0, shape[0], row),)
-    if name.endswith("linear_fc1.weight") and config.gated_linear_unit:
-        half = shape[0] // 2  # [gates; values] of each rank, all gates before all values in the whole
-        segments = ((0, half, rank * half), (half, 2 * half, (ranks + rank) * half))
-    holders, holder = (1, 0) if shares is None else (shares.size(), shares.rank())
-    if not is_cut:
-        holder = holder * tensor_group.size() + tensor_group.rank()
-        holders *= tensor_group.size()
-    return Part(shape, tuple(whole), segments, column, holder, holders)
+    return holder * tensor_group.size() + tensor_group.rank(), holders * tensor_group.size()
 
 
 def _rows(start, stop, shape):

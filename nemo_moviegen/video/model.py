@@ -28,6 +28,7 @@ from nemo_moviegen.video.embeddings import (
 )
 from nemo_moviegen.video.layer import local_spec, pack_conditioning, transformer_engine_spec
 from nemo_moviegen.video.parallel import gather_tokens, split_tokens, sum_gradient_over_sequence_ranks
+from nemo_moviegen.video.weights import draw_weights, mark_cut_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -81,6 +82,7 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,
+        perform_initialization=False,  # weights.py
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision == "bf16",
@@ -102,9 +104,12 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
 
 
 class VideoTransformer(MegatronModule):
-    """u(x_t, prompt, t) of eq. 2. Build it after megatron's process groups exist."""
+    """u(x_t, prompt, t) of eq. 2. Build it after megatron's process groups exist.
 
-    def __init__(self, config: VideoConfig):
+    Its weights are a function of `seed`; with None they are whatever the memory held, to be loaded.
+    """
+
+    def __init__(self, config: VideoConfig, seed: int | None = 0):
         super().__init__(config)
         size = config.size
         self.size = size
@@ -117,26 +122,12 @@ class VideoTransformer(MegatronModule):
         spec = transformer_engine_spec if config.uses_transformer_engine else local_spec
         self.decoder = TransformerBlock(config, spec(size))
         self.head = nn.Linear(size.width, size.output_patch_width, bias=False)
-        self.init_weights()
         token_wise = (self.patch_embedding, self.positions, self.time_embedding, self.modulation, self.head)
         sum_gradient_over_sequence_ranks([p for m in token_wise for p in m.parameters()], config)
         self.to(config.params_dtype)
-
-    def init_weights(self):
-        """Zero: modulation (so gates are closed, adaLN-Zero) and head (the first velocity is 0). Normal: the
-        rest. Megatron's linears inside the layers initialise themselves."""
-        std = self.config.init_method_std
-        for linear in (
-            self.time_embedding.expand,
-            self.time_embedding.mix,
-            *self.context_projections.linears,
-        ):
-            nn.init.normal_(linear.weight, std=std)
-        nn.init.normal_(self.patch_embedding.weight, std=self.size.input_patch_width**-0.5)
-        for table in self.positions.parameters():
-            nn.init.normal_(table, std=0.02)
-        nn.init.zeros_(self.modulation.linear.weight)
-        nn.init.zeros_(self.head.weight)
+        mark_cut_weights(self)
+        if seed is not None:
+            draw_weights(self, seed)
 
     def set_input_tensor(self, input_tensor):
         """Megatron's schedules hand the previous pipeline stage's output here; there is one stage."""
