@@ -90,19 +90,20 @@ def copy_draws(run, copy, num_copies, first_step, num_steps):
 
 
 def steps_of(batches, run, num_copies, num_steps):
-    """For each step {(sample id, epoch): (x_t, time, whether the prompt was dropped)}."""
+    """For each step {(sample id, epoch): (noise, time, whether the prompt was dropped)}."""
     from nemo_moviegen.training.step import noisy_pair
 
     batches, steps = iter(batches), []
     for _ in range(num_steps):
         found = {}
         for batch in itertools.islice(batches, BATCH // num_copies // run.micro_batch):
-            x, _, times = noisy_pair(batch, run.seed)
+            _, target, times = noisy_pair(batch, run.seed)
+            noise = (batch.latent_BTCHW - target).round(decimals=3)
             for row in range(len(times)):
                 key = int(batch.sample_ids[row]), int(batch.epochs[row])
                 assert key not in found
                 dropped = bool(batch.contexts[0][row, 0, 0] < 0)
-                found[key] = (x[row].numpy().tobytes(), float(times[row]), dropped)
+                found[key] = (noise[row].numpy().tobytes(), float(times[row]), dropped)
         assert len(found) == BATCH // num_copies
         steps.append(found)
     return steps
