@@ -6,6 +6,7 @@ train/loss                                           mean squared velocity error
 train/learning_rate                                  -
 train/grad_norm                                      norm over all parameters before clipping
 train/is_image                                       1 for an image iteration
+train/skipped                                        bad steps so far whose update was left out
 speed/step_seconds                                   wall time of the whole step
 speed/data_seconds                                   of it, waiting for the loader
 speed/tokens_per_second                              video tokens of the global batch, all ranks
@@ -21,8 +22,8 @@ from nemo_moviegen.training.record import RunRecord
 class Metrics(pl.Callback):
     """Writes the table above for every step and moves the progress bar; rank 0 only."""
 
-    def __init__(self, recipe, data):
-        self.recipe, self.data = recipe, data
+    def __init__(self, recipe, data, guard):
+        self.recipe, self.data, self.guard = recipe, data, guard
 
     def on_train_start(self, trainer, module):
         if trainer.is_global_zero:
@@ -43,6 +44,7 @@ class Metrics(pl.Callback):
         values = {
             "train/loss": loss,
             "train/learning_rate": self.learning_rate,
+            "train/skipped": self.guard.detector.skipped,
             "train/is_image": int(self.data.order.kind(self.step) == "image"),
             "speed/step_seconds": seconds,
             "speed/data_seconds": module.data_seconds,

@@ -19,6 +19,7 @@ import torch
 
 from nemo_moviegen.recipe import RECIPE_FILE, Layout, VideoRecipe, read_recipe
 from nemo_moviegen.training.record import quiet
+from nemo_moviegen.training.stages import check_transition
 
 CHECKPOINTS = "checkpoints"
 STATE, TENSORS = "state.json", "tensors"
@@ -95,7 +96,17 @@ def starting_checkpoints(recipe):
     other = last_checkpoint(recipe.init_from)
     if other is None:
         raise ValueError(f"init_from={recipe.init_from} holds no finished checkpoint; train that run first")
-    _check_same_size(recipe, recipe.init_from, "set another init_from (empty = fresh weights)")
+    theirs = read_recipe(Path(recipe.init_from, RECIPE_FILE))
+    if not isinstance(theirs, VideoRecipe):
+        raise ValueError(
+            f"init_from={recipe.init_from} holds a run of {theirs.name}, which is no video transformer"
+        )
+    try:
+        check_transition(theirs.size, recipe.size)
+    except ValueError as error:
+        raise ValueError(
+            f"init_from={recipe.init_from}: {error}; or set init_from= for fresh weights"
+        ) from None
     _check_whole(other)
     return None, other
 
@@ -113,7 +124,7 @@ def _check_whole(folder):
 
 
 def _check_same_run(recipe):
-    _check_same_size(recipe, recipe.output, "set another output, or remove that folder")
+    _check_same_size(recipe)
     theirs = read_recipe(Path(recipe.output, RECIPE_FILE))
     changed = [
         f"{name} {getattr(theirs, name)} instead of {getattr(recipe, name)}"
@@ -129,8 +140,8 @@ def _check_same_run(recipe):
         )
 
 
-def _check_same_size(recipe, folder, what_to_change):
-    theirs = read_recipe(Path(folder, RECIPE_FILE))
+def _check_same_size(recipe):
+    theirs = read_recipe(Path(recipe.output, RECIPE_FILE))
     theirs = asdict(theirs.size) if isinstance(theirs, VideoRecipe) else {}
     different = [
         f"{name} {theirs.get(name)} instead of {value}"
@@ -139,7 +150,8 @@ def _check_same_size(recipe, folder, what_to_change):
     ]
     if different:
         raise ValueError(
-            f"{folder} holds another model than {recipe.name}: {'; '.join(different)}; {what_to_change}"
+            f"{recipe.output} holds another model than {recipe.name}: {'; '.join(different)}; set another "
+            "output, or remove that folder"
         )
 
 

@@ -30,7 +30,9 @@ def train(recipe):
     from nemo_moviegen.training.module import FlowMatchingModule
 
     data = LatentDataModule(recipe)
-    module = FlowMatchingModule(recipe, uses_transformer_engine=uses_transformer_engine(recipe))
+    module = FlowMatchingModule(
+        recipe, uses_transformer_engine=uses_transformer_engine(recipe), is_fresh=own is None
+    )
     if int(os.environ.get("RANK", 0)) == 0:
         write_recipe(recipe)
     trainer = _trainer(recipe, data, num_ranks, own, other)
@@ -57,8 +59,6 @@ def _trainer(recipe, data, num_ranks, own, other):
     from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-    from nemo_moviegen.training.callbacks import Metrics
-    from nemo_moviegen.training.saving import Checkpoints
     from nemo_moviegen.training.strategy import strategy
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -74,7 +74,7 @@ def _trainer(recipe, data, num_ranks, own, other):
         max_steps=recipe.num_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        callbacks=[Metrics(recipe, data), Checkpoints(recipe, own, other)],
+        callbacks=_callbacks(recipe, data, own, other),
         enable_checkpointing=False,
         logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
         log_every_n_steps=recipe.log_every,
@@ -82,3 +82,15 @@ def _trainer(recipe, data, num_ranks, own, other):
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _callbacks(recipe, data, own, other):
+    """In the order in which they see the end of a step: judged, compared, measured, told, saved."""
+    from nemo_moviegen.training.callbacks import Metrics
+    from nemo_moviegen.training.guard import SkipBadSteps
+    from nemo_moviegen.training.monitor import Monitor
+    from nemo_moviegen.training.saving import Checkpoints
+
+    checkpoints = Checkpoints(recipe, own, other)
+    guard = checkpoints.guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
+    return [guard, Monitor(recipe, data, guard), Metrics(recipe, data, guard), checkpoints]

@@ -17,8 +17,9 @@ from nemo_moviegen.training.checkpoint import (
     superfluous,
     tidy,
 )
+from nemo_moviegen.training.starting import start_from
 from nemo_moviegen.training.state import TrainingState, pieces
-from nemo_moviegen.training.storage import BackgroundWriter, check_space, read_into, write_folder, write_json
+from nemo_moviegen.training.storage import BackgroundWriter, check_space, write_folder, write_json
 
 
 class Checkpoints(pl.Callback):
@@ -30,11 +31,11 @@ class Checkpoints(pl.Callback):
     def __init__(self, recipe, own=None, other=None):
         self.recipe, self.own, self.other = recipe, own, other
         self.folder = Path(recipe.output, CHECKPOINTS)
-        self.extras = {}
-        """{name: object with state() and load_state(dict)}: what else belongs into state.json."""
+        self.guard = None
+        """The run's `SkipBadSteps`: what it has seen is saved too, and no bad step is."""
         self.validation_loss = None
         """Of the step that has just ended, for retention; None where it was not measured."""
-        self.saved_step = -1
+        self.is_due, self.saved_step = False, -1
 
     def on_fit_start(self, trainer, module):
         chunk = trainer.strategy.megatron_parallel[0].module
@@ -47,12 +48,14 @@ class Checkpoints(pl.Callback):
         if self.own:
             self._resume(trainer)
         elif self.other:
-            self.state.read_weights(lambda wanted: read_into(self.other / TENSORS, wanted))
+            told = start_from(self.state, self.other, self.recipe)
+            if trainer.is_global_zero:
+                print("\n  ".join([f"{self.recipe.name} starts from {self.other}:", *told]), flush=True)
 
     def _resume(self, trainer):
         told = self.read(self.own)
-        for name, extra in self.extras.items():
-            extra.load_state(told.get(name, {}))
+        if self.guard and "guard" in told:
+            self.guard.detector.load_state(told["guard"])
         self.saved_step = told["step"]
         _start_at(trainer, told["step"])
 
@@ -65,23 +68,23 @@ class Checkpoints(pl.Callback):
         return told
 
     def roll_back(self, trainer) -> str:
-        """Weights, moments and EMA of the last checkpoint; step, schedule and data go on. Its name."""
+        """Weights, moments and EMA of the last checkpoint; step, schedule and data go on.
+
+        Returns its name, "" where there is none yet.
+        """
         self.writer.wait()
         torch.distributed.barrier(self.writer.group)  # it exists for all ranks once rank 0 has renamed it
         found = checkpoints(self.recipe.output)
         if not found:
-            raise RuntimeError(
-                f"{self.recipe.name} diverged at step {trainer.global_step} before its first checkpoint: "
-                "lower optim.learning_rate, lengthen optim.warmup_steps, or look at the samples in "
-                "skipped.jsonl"
-            )
+            return ""
         self.read(found[max(found)])
         return found[max(found)].name
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.state.update_ema(trainer.global_step)
+        self.state.update_ema()
         self.writer.poll()
-        if trainer.global_step % self.recipe.save_every == 0:
+        self.is_due |= trainer.global_step % self.recipe.save_every == 0
+        if self.is_due and not (self.guard and self.guard.reason):
             self.save(trainer.global_step)
         self.validation_loss = None
 
@@ -100,10 +103,11 @@ class Checkpoints(pl.Callback):
             "recipe": self.recipe.name,
             "optimizer_steps": self.state.optimizer_steps,
             "validation_loss": self.validation_loss,
-            **{name: extra.state() for name, extra in self.extras.items()},
         }
+        if self.guard:
+            told["guard"] = self.guard.detector.state()
         self.writer.start(lambda group: self._write(group, step, pieces(copied, owners), told))
-        self.saved_step = step
+        self.is_due, self.saved_step = False, step
 
     def _write(self, group, step, parts, told):
         folder = self.folder / f"step={step}"

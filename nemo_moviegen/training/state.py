@@ -21,18 +21,22 @@ class TrainingState:
         self.model = unwrapped(chunk)
         self._weights = [shard.weight for shard in self.shards()]
         self._ema = [weight.clone() for weight in self._weights] if ema_decay else []
+        self._averaged_steps = 0
 
     def shards(self):
         """This rank's `Shard`s; moments appear with the first step."""
         return own_shards(self.model, self.optimizer)
 
     @torch.no_grad()
-    def update_ema(self, num_steps):
-        """Take in the weights after step `num_steps` (n, from 1): decay min(ema_decay, (1 + n) / (10 + n)),
-        so that the average soon forgets the fresh weights."""
-        if self._ema:
-            decay = min(self.ema_decay, (1 + num_steps) / (10 + num_steps))
-            torch._foreach_lerp_(self._ema, self._weights, 1 - decay)
+    def update_ema(self):
+        """Take in the weights after a step of the optimiser, its n-th; a skipped step changes nothing.
+
+        The decay is min(ema_decay, (1 + n) / (10 + n)): the average soon forgets the fresh weights.
+        """
+        n = self.optimizer_steps
+        if self._ema and n > self._averaged_steps:
+            torch._foreach_lerp_(self._ema, self._weights, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+        self._averaged_steps = n
 
     def start_ema(self):
         """Start the average at the present weights."""
@@ -72,6 +76,7 @@ class TrainingState:
             self.start_ema()
         for group in self._groups():
             group["step"] = optimizer_steps
+        self._averaged_steps = optimizer_steps
 
     def read_weights(self, read):
         """Weights alone: `read(pieces)` fills them. Moments stay fresh, the EMA starts at them."""

@@ -28,7 +28,7 @@ from nemo_moviegen.video.embeddings import (
 )
 from nemo_moviegen.video.layer import local_spec, pack_conditioning, transformer_engine_spec
 from nemo_moviegen.video.parallel import gather_tokens, split_tokens, sum_gradient_over_sequence_ranks
-from nemo_moviegen.video.weights import draw_weights, mark_cut_weights
+from nemo_moviegen.video.weights import draw_weights, mark_cut_weights, part_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -126,6 +126,8 @@ class VideoTransformer(MegatronModule):
         sum_gradient_over_sequence_ranks([p for m in token_wise for p in m.parameters()], config)
         self.to(config.params_dtype)
         mark_cut_weights(self)
+        self.whole_shapes = {n: part_of(n, p, config).whole_shape for n, p in self.named_parameters()}
+        """Of each parameter over all tensor ranks, by name."""
         if seed is not None:
             draw_weights(self, seed)
 

@@ -9,18 +9,11 @@ def guarded(*plants):
 
     def before():
         from nemo_moviegen.training import run
-        from nemo_moviegen.training.guard import SkipBadSteps
-        from nemo_moviegen.training.monitor import Monitor
-        from nemo_moviegen.training.saving import Checkpoints
 
         make = run._trainer
 
         def make_with_guard(recipe, data, *rest):
             trainer = make(recipe, data, *rest)
-            (checkpoints,) = (c for c in trainer.callbacks if isinstance(c, Checkpoints))
-            guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
-            checkpoints.extras["guard"] = guard.detector
-            trainer.callbacks[:0] = [guard, Monitor(recipe, data, guard)]
             for plant in plants:
                 plant(trainer, data)
             return trainer
