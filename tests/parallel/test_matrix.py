@@ -43,8 +43,15 @@ def test_nothing_is_zero_that_could_hide_a_bug(batches):
     assert min(velocity.abs().max() for velocity in truth.outputs.values()) > 0.1
     assert not [name for name, gradient in truth.gradients.items() if gradient.abs().max() < 1e-6]
     assert truth.norm > 10 * OPTIM.clip_grad
+    # moved by two steps of at most 1e-3 each
     moved = [(truth.parameters[name] - start).abs().max() for name, start in weights().items()]
-    assert min(moved) > 1e-3  # two steps of at most 1e-3 each
+    assert min(moved) > 1e-3
+
+
+def test_the_norm_that_clips_is_that_of_all_gradients():
+    truth = reference("clips")
+    squares = sum(gradient.square().sum() for gradient in truth.gradients.values())
+    assert truth.norm == pytest.approx(float(squares.sqrt()), rel=1e-12)
 
 
 @pytest.mark.parametrize("key", ROWS, ids=lambda key: f"{key[0]} ranks: {key[1]}, sharding {key[2]}")
