@@ -86,4 +86,11 @@ def placed(recipe, cluster):
         return replace(recipe, data=data, output=str(root / recipe.output))
     init_from = str(root / recipe.init_from) if recipe.init_from else ""
     data = replace(recipe.data, folder=str(root / recipe.data.folder))
-    return replace(recipe, data=data, output=str(root / recipe.output), init_from=init_from)
+    heldout = str(root / recipe.validation.folder) if recipe.validation.folder else ""
+    return replace(
+        recipe,
+        data=data,
+        output=str(root / recipe.output),
+        init_from=init_from,
+        validation=replace(recipe.validation, folder=heldout),
+    )

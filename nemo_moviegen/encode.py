@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from nemo_moviegen.prompts import with_fps
+from nemo_moviegen.validation import heldout_folder
 
 logger = logging.getLogger(__name__)
 
@@ -78,11 +79,6 @@ def encode(
     if summary["heldout"]:
         _share_statistics(folders["train"], folders["heldout"])
     return summary | {"num_cut": dict(encoders.num_cut), "seconds": time.perf_counter() - started}
-
-
-def heldout_folder(output) -> Path:
-    """Where the latents of held-out clips lie: beside the training set, its name and `_heldout`."""
-    return Path(output).with_name(Path(output).name + "_heldout")
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ def sample_generator(seed, sample_id, epoch, purpose) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
-def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32) -> torch.Tensor:
+def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32, purpose="noise") -> torch.Tensor:
     """Standard normal noise_BTCHW on the CPU, one whole latent for each (sample id, epoch).
 
     Drawn in float64 and rounded to `dtype`, so it is the same number in every precision. Nearly every value
@@ -45,7 +45,7 @@ def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32) -> tor
     keys = _sample_keys(sample_ids, epochs)
     noise_BTCHW = torch.empty(len(keys), *shape_TCHW, dtype=dtype)
     for row, key in enumerate(keys):
-        noise = sample_generator(seed, *key, "noise").standard_normal(tuple(shape_TCHW))
+        noise = sample_generator(seed, *key, purpose).standard_normal(tuple(shape_TCHW))
         noise_BTCHW[row] = torch.from_numpy(noise)
     return noise_BTCHW
 

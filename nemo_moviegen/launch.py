@@ -57,6 +57,13 @@ def check_inputs(recipe):
             f"{recipe.name} reads the latents of {recipe.data.folder}, which holds no index.parquet: "
             f"write them with `moviegen encode`, or set data.folder"
         )
+    heldout = recipe.validation.latents(recipe.data.folder)
+    if recipe.validation.every and not (heldout / "index.parquet").is_file():
+        raise ValueError(
+            f"{recipe.name} measures its validation loss on the latents of {heldout}, which holds no "
+            "index.parquet: run `moviegen encode` on a manifest with clips of the split heldout "
+            "(`moviegen shapes --heldout N` makes some), set validation.folder, or set validation.every=0"
+        )
     resumes = (Path(recipe.output) / RECIPE_FILE).is_file()
     if recipe.init_from and not resumes and not (Path(recipe.init_from) / RECIPE_FILE).is_file():
         raise ValueError(

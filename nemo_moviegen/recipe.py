@@ -14,6 +14,7 @@ from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import TransformerSize
 from nemo_moviegen.spikes import Guard as Guard  # a recipe's field
+from nemo_moviegen.validation import Validation as Validation  # a recipe's field
 
 RECIPE_FILE = "recipe.yaml"
 """In the folder of every run: its recipe."""
@@ -210,6 +211,7 @@ class VideoRecipe(Recipe):
     guidance_scale: float = 7.5
     """Classifier-free guidance of samples from this model (s3.4)."""
     guard: Guard = field(default_factory=Guard)
+    validation: Validation = field(default_factory=Validation)
 
     def __post_init__(self):
         super().__post_init__()

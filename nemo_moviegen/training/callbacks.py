@@ -7,6 +7,9 @@ train/learning_rate                                  -
 train/grad_norm                                      norm over all parameters before clipping
 train/is_image                                       1 for an image iteration
 train/skipped                                        bad steps so far whose update was left out
+validation/loss                                      as train/loss, of held-out samples (validation.py)
+validation/loss_t0.00-0.25, ... _t0.75-1.00          of it, that of a quarter of time; 0 is noise
+validation/seconds                                   wall time of measuring it, no part of the step's
 speed/step_seconds                                   wall time of the whole step
 speed/data_seconds                                   of it, waiting for the loader
 speed/tokens_per_second                              video tokens of the global batch, all ranks
@@ -22,8 +25,8 @@ from nemo_moviegen.training.record import RunRecord
 class Metrics(pl.Callback):
     """Writes the table above for every step and moves the progress bar; rank 0 only."""
 
-    def __init__(self, recipe, data, guard):
-        self.recipe, self.data, self.guard = recipe, data, guard
+    def __init__(self, recipe, data, guard, validation):
+        self.recipe, self.data, self.guard, self.validation = recipe, data, guard, validation
 
     def on_train_start(self, trainer, module):
         if trainer.is_global_zero:
@@ -40,7 +43,7 @@ class Metrics(pl.Callback):
         if not trainer.is_global_zero:
             return
         loss = float(outputs["loss"])  # waits for the GPU, so the seconds are the whole step's
-        seconds = time.perf_counter() - self.started
+        seconds = time.perf_counter() - self.started - self.validation.values.get("validation/seconds", 0)
         values = {
             "train/loss": loss,
             "train/learning_rate": self.learning_rate,
@@ -49,6 +52,7 @@ class Metrics(pl.Callback):
             "speed/step_seconds": seconds,
             "speed/data_seconds": module.data_seconds,
             "speed/tokens_per_second": self.data.num_tokens(self.step) / seconds,
+            **self.validation.values,
         }
         if "grad_norm" in trainer.callback_metrics:
             values["train/grad_norm"] = float(trainer.callback_metrics["grad_norm"])

@@ -84,8 +84,9 @@ class LatentDataModule(pl.LightningDataModule):
     def train_dataloader(self):
         from megatron.core import parallel_state
 
+        self.source = with_text(self.reader, self.recipe)
         batches = MicroBatches(
-            with_text(self.reader, self.recipe),
+            self.source,
             self.order,
             self.recipe,
             parallel_state.get_data_parallel_rank(),

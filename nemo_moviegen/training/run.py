@@ -90,7 +90,10 @@ def _callbacks(recipe, data, own, other):
     from nemo_moviegen.training.guard import SkipBadSteps
     from nemo_moviegen.training.monitor import Monitor
     from nemo_moviegen.training.saving import Checkpoints
+    from nemo_moviegen.training.validation import ValidationLoss
 
     checkpoints = Checkpoints(recipe, own, other)
     guard = checkpoints.guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
-    return [guard, Monitor(recipe, data, guard), Metrics(recipe, data, guard), checkpoints]
+    validation = checkpoints.validation = ValidationLoss(recipe, data)
+    monitor, metrics = Monitor(recipe, data, guard), Metrics(recipe, data, guard, validation)
+    return [guard, monitor, validation, metrics, checkpoints]

@@ -33,8 +33,8 @@ class Checkpoints(pl.Callback):
         self.folder = Path(recipe.output, CHECKPOINTS)
         self.guard = None
         """The run's `SkipBadSteps`: what it has seen is saved too, and no bad step is."""
-        self.validation_loss = None
-        """Of the step that has just ended, for retention; None where it was not measured."""
+        self.validation = None
+        """The run's `ValidationLoss`: what it measured of the step that has just ended decides what stays."""
         self.is_due, self.saved_step = False, -1
 
     def on_fit_start(self, trainer, module):
@@ -86,7 +86,6 @@ class Checkpoints(pl.Callback):
         self.is_due |= trainer.global_step % self.recipe.save_every == 0
         if self.is_due and not (self.guard and self.guard.reason):
             self.save(trainer.global_step)
-        self.validation_loss = None
 
     def on_train_end(self, trainer, module):
         if self.saved_step != trainer.global_step:
@@ -102,7 +101,7 @@ class Checkpoints(pl.Callback):
             "step": step,
             "recipe": self.recipe.name,
             "optimizer_steps": self.state.optimizer_steps,
-            "validation_loss": self.validation_loss,
+            "validation_loss": self.validation.last_loss if self.validation else None,
         }
         if self.guard:
             told["guard"] = self.guard.detector.state()

@@ -39,10 +39,15 @@ def noisy_pair(batch, seed):
     return x_BTCHW, flow.velocity_target(noise_BTCHW, latent_BTCHW), t_B
 
 
+def token_errors(velocity_SBX, target_BTCHW, config):
+    """Squared error of each token of this rank [S/cp/sp, B], the mean over its channels."""
+    target_SBX = split_tokens(patchify(target_BTCHW, config.size), config)
+    return (velocity_SBX.to(target_SBX.dtype) - target_SBX).square().mean(dim=-1)
+
+
 def token_loss(velocity_SBX, target_BTCHW, config) -> TokenLoss:
     """Loss of this rank's velocity tokens [S/cp/sp, B, X] against the whole target."""
-    target_SBX = split_tokens(patchify(target_BTCHW, config.size), config)
-    error_SB = (velocity_SBX.to(target_SBX.dtype) - target_SBX).square().mean(dim=-1)
+    error_SB = token_errors(velocity_SBX, target_BTCHW, config)
     loss_sum, own_tokens = error_SB.sum(), error_SB.numel()
     shared_by = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return TokenLoss(

@@ -1,0 +1,203 @@
+"""The flow-matching loss of held-out samples while a run trains: one number, the same in every layout.
+
+Samples, noise and times are functions of the recipe and of the sample, never of the step or the rank, so two
+numbers of a run differ by its weights alone. Times lie in equal parts of [0, 1] where training draws them
+logit-normal (s3.1.2): the loss near noise and near data says as much as that in the middle. No prompt is
+dropped.
+"""
+
+import itertools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from megatron.core import parallel_state
+
+from nemo_moviegen import flow
+from nemo_moviegen.data.collate import collate
+from nemo_moviegen.data.latents import LatentReader
+from nemo_moviegen.data.online_text import OnlineText
+from nemo_moviegen.training.step import token_errors
+from nemo_moviegen.video.parallel import sum_over_token_ranks
+
+NUM_BINS = 8
+"""Equal parts of [0, 1] over which the times are spread."""
+NUM_REPORTED = 4
+"""Equal parts of [0, 1] whose loss is told apart."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One forward pass of one sample."""
+
+    row: int
+    """Of the reader."""
+    shape: tuple[int, int, int]
+    number: int
+    """How many of the same sample come before it: what its noise and time are keyed by, as by an epoch."""
+    time_bin: int
+    """0 (noise) to NUM_BINS - 1 (data)."""
+
+
+class ValidationLoss(pl.Callback):
+    """Measures every `validation.every` steps and with each checkpoint. Goes before who tells or keeps it.
+
+    ValueError where the held-out latents do not serve.
+    """
+
+    def __init__(self, recipe, data):
+        self.recipe, self.data = recipe, data
+        self.last_loss = None
+        """Of the step that has just ended; None where it was not measured."""
+        self.values = {}
+        """What metrics.jsonl says of it, {} where it was not measured."""
+        if recipe.validation.every:
+            self.reader = heldout_reader(recipe)
+            self.evaluations = evaluations(self.reader, recipe)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.last_loss, self.values = None, {}
+        if self.is_due(trainer.global_step):
+            float(outputs["loss"])  # the step is over on the GPU too: its seconds are not ours
+            started = time.perf_counter()
+            self.values = self.measure(module)
+            self.last_loss = self.values["validation/loss"]
+            self.values["validation/seconds"] = time.perf_counter() - started
+
+    def is_due(self, step) -> bool:
+        """Whether the loss after `step` steps is measured; the last step has a checkpoint as well."""
+        every, save_every = self.recipe.validation.every, self.recipe.save_every
+        return every > 0 and (step % every == 0 or step % save_every == 0 or step == self.recipe.num_steps)
+
+    @torch.no_grad()
+    def measure(self, module) -> dict:
+        """{"validation/loss": of all tokens, "validation/loss_t0.00-0.25": of a quarter of time, ...}.
+
+        Of a `FlowMatchingModule` in a trainer; collective; leaves weights, gradients and randomness alone.
+        """
+        sums = torch.zeros(NUM_REPORTED, 2, dtype=torch.float64, device=torch.cuda.current_device())
+        for own, weights in shares(
+            self.evaluations,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            self.recipe.micro_batch,
+        ):
+            part_B = torch.tensor([e.time_bin * NUM_REPORTED // NUM_BINS for e in own], device=sums.device)
+            sums.index_add_(0, part_B, self._sums(module, own) * sums.new_tensor(weights)[:, None])
+        if module.module.ddp_config.use_megatron_fsdp:
+            module.module.module.synchronize_param_gather()  # frees what was gathered, shards in its place
+        return _told(sum_over_token_ranks(sums, module.config).tolist())
+
+    def _sums(self, module, own):
+        """fp64 [B, 2]: loss and tokens of this rank, by evaluation."""
+        batch = collate(
+            self.text.read([e.row for e in own]),
+            [e.number for e in own],
+            self.recipe.size.contexts,
+            latent_channels=self.recipe.size.input_channels,
+            token_limits=self.recipe.data.token_limits,
+        ).to(torch.cuda.current_device(), module.data_dtype)
+        x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
+        velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
+        error_SB = token_errors(velocity_SBX, target_BTCHW, module.config).double()
+        return torch.stack((error_SB.sum(dim=0), torch.ones_like(error_SB).sum(dim=0)), dim=1)
+
+    @property
+    def text(self):
+        """What samples are read from; online text takes the encoders that training has loaded."""
+        if self.recipe.data.text == "cached":
+            return self.reader
+        if not hasattr(self, "_online"):
+            self._online = OnlineText(self.reader, self.data.source.encoders)
+        return self._online
+
+
+def heldout_reader(recipe) -> LatentReader:
+    """The held-out latents of a `VideoRecipe`; ValueError where there are none or a shape does not fit."""
+    folder = recipe.validation.latents(recipe.data.folder)
+    try:
+        reader = LatentReader(folder, skip_damaged=True, quarantine=Path(recipe.output) / "quarantine.jsonl")
+    except ValueError as error:
+        raise ValueError(f"{error}; or set validation.folder, or validation.every=0") from None
+    for shape in {reader.latent_shapes[row] for row in _trained_kinds(reader, recipe)}:
+        recipe.check_tokens(shape)
+    return reader
+
+
+def evaluations(reader, recipe) -> list[Evaluation]:
+    """What is evaluated, sorted by shape: within one the parts of time take turns, so all get as many."""
+    validation = recipe.validation
+    first = sorted(_trained_kinds(reader, recipe), key=lambda row: reader.sample_ids[row])
+    first = first[: validation.num_samples]
+    first.sort(key=lambda row: (reader.latent_shapes[row], reader.sample_ids[row]))
+    return [
+        Evaluation(
+            row=row,
+            shape=reader.latent_shapes[row],
+            number=number,
+            time_bin=(place + number * NUM_BINS // validation.times_per_sample) % NUM_BINS,
+        )
+        for place, row in enumerate(first)
+        for number in range(validation.times_per_sample)
+    ]
+
+
+def shares(evaluations, copy, num_copies, micro_batch):
+    """The forward passes of one model copy: pairs of (evaluations of one shape, a weight for each).
+
+    All copies get as many, with as many evaluations in each: a pass is a collective where weights are
+    sharded. A copy without a sample of its own repeats one of the same pass with weight 0.
+    """
+    for _, same in itertools.groupby(evaluations, key=lambda e: e.shape):
+        same = list(same)
+        for start in range(0, len(same), num_copies * micro_batch):
+            together = same[start : start + num_copies * micro_batch]
+            size = -(-len(together) // num_copies)
+            own = together[copy * size : (copy + 1) * size]
+            repeats = size - len(own)
+            yield own + repeats * [together[0]], len(own) * [1.0] + repeats * [0.0]
+
+
+def fixed_pair(batch, time_bins, seed):
+    """(x_t, velocity target, t) as `step.noisy_pair`, of noise and times that only validation draws.
+
+    `batch.epochs` numbers the evaluations of a sample. t_B is fp64, uniform in its bin.
+    """
+    latent_BTCHW = batch.latent_BTCHW
+    device, dtype = latent_BTCHW.device, latent_BTCHW.dtype
+    keys = list(zip(batch.sample_ids.tolist(), batch.epochs.tolist(), strict=True))
+    noise_BTCHW = flow.draw_noise(
+        latent_BTCHW.shape[1:], seed, *zip(*keys, strict=True), dtype, purpose="validation noise"
+    ).to(device)
+    places = [flow.sample_generator(seed, *key, "validation time").random() for key in keys]
+    times = [(first + place) / NUM_BINS for first, place in zip(time_bins, places, strict=True)]
+    t_B = torch.tensor(times, dtype=torch.float64, device=device)
+    x_BTCHW = flow.interpolate(noise_BTCHW, latent_BTCHW, t_B.to(dtype))
+    return x_BTCHW, flow.velocity_target(noise_BTCHW, latent_BTCHW), t_B
+
+
+def _trained_kinds(reader, recipe):
+    """Rows of images and clips, as far as the run trains on them; ValueError where there are none."""
+    image_every = recipe.data.image_every
+    wanted = {True: image_every > 0, False: image_every != 1}
+    rows = [row for row, (frames, *_) in enumerate(reader.latent_shapes) if wanted[frames == 1]]
+    if not rows:
+        kind = "images" if wanted[True] else "clips"
+        raise ValueError(
+            f"{reader.folder} holds no {kind}, which {recipe.name} trains on (data.image_every="
+            f"{image_every}): run `moviegen encode` on a manifest with {kind} of the split heldout, set "
+            "validation.folder, or set validation.every=0"
+        )
+    return rows
+
+
+def _told(sums):
+    """Metrics from (loss, tokens) of each part of time; a part without a sample is left out."""
+    told = {"validation/loss": sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)}
+    for part, (loss, tokens) in enumerate(sums):
+        if tokens:
+            first, last = part / NUM_REPORTED, (part + 1) / NUM_REPORTED
+            told[f"validation/loss_t{first:.2f}-{last:.2f}"] = loss / tokens
+    return told
