@@ -44,7 +44,8 @@ def recipe(folder, latents, **changes) -> VideoRecipe:
     base = VideoRecipe(
         name="test",
         cluster="cpu_2",
-        layout=Layout(sharding="none"),  # the distributed optimizer knows no fp64
+        layout=Layout(),
+        ema_decay=0.5,
         size=tiny.SIZE,
         data=LatentData(folder=str(latents), image_every=3),
         latent_frames=frames,
