@@ -2,7 +2,13 @@
 
 Global batch = batch a model copy * GPUs / (TP * CP), the table's footnote. Optimiser values but the learning
 rates are our default (s3.2 does not state them). An image is a one-frame clip; in the joint stages one
-iteration in eleven takes images (1:10). Latents are 8x smaller than the clips in time, height and width.
+iteration in eleven takes images (1:10). Latents are 8x smaller than the clips in time, height and width. The
+position tables grow with the stages (s3.1.3): 16, 32, 96 patches in space; frames from the first clips on.
+
+Weights, gradients and optimiser are shared out over all data-parallel ranks (s3.1.6). The paper recomputes
+selectively and does not say what. Here 256 px recomputes the feed-forward and 768 px whole layers: of a clip
+of 73,728 tokens over TP 4, selective would keep 160 GB of activations a rank and full keeps 11 (what a layer
+keeps of a token is measured: video/model.py).
 
 The latents are read from data/latents_256 and data/latents_768 below the cluster's root; `moviegen encode`
 writes such folders.
@@ -23,8 +29,8 @@ def t2i_256_1536() -> VideoRecipe:
     return VideoRecipe(
         name="video_30b.t2i_256_1536",
         cluster="h100_1536",
-        layout=Layout(tensor=1, context=1),
-        size=VIDEO_30B,
+        layout=Layout(tensor=1, context=1, sharding="full"),
+        size=replace(VIDEO_30B, max_frames=1, max_height=16, max_width=16),
         data=LatentData(folder="data/latents_256", image_every=1),
         latent_frames=1,
         latent_height=32,
@@ -49,7 +55,8 @@ def t2iv_256_3072() -> VideoRecipe:
         base,
         name="video_30b.t2iv_256_3072",
         cluster="h100_3072",
-        layout=Layout(tensor=4, context=1),
+        layout=replace(base.layout, tensor=4, recompute="selective"),
+        size=replace(base.size, max_frames=32, max_height=32, max_width=32),
         data=replace(base.data, image_every=11),
         latent_frames=32,
         optim=replace(base.optim, learning_rate=6e-5),
@@ -88,6 +95,8 @@ def t2iv_768_6144_a() -> VideoRecipe:
     return replace(
         base,
         name="video_30b.t2iv_768_6144_a",
+        layout=replace(base.layout, recompute="full"),
+        size=replace(base.size, max_height=96, max_width=96),
         data=replace(base.data, folder="data/latents_768"),
         latent_height=96,
         latent_width=96,

@@ -34,13 +34,13 @@ def _transitions(new_sizes):
     from nemo_moviegen.video.model import VideoTransformer, video_config
 
     join_process_groups(Layout())
-    torch.manual_seed(1)
     old = VideoTransformer(video_config(tiny.SIZE, Layout(), "fp64"))
     tiny.open_gates(old)
     with torch.no_grad():
         old.patch_embedding.weight.copy_(on_grid(old.patch_embedding.weight))
     return [
-        _transition(old, VideoTransformer(video_config(new_size, Layout(), "fp64"))) for new_size in new_sizes
+        _transition(old, VideoTransformer(video_config(new_size, Layout(), "fp64"), seed=1))
+        for new_size in new_sizes
     ]
 
 
