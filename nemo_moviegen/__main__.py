@@ -101,6 +101,13 @@ def train_command(options):
     return launch(recipe, debug=options.debug)
 
 
+def average_command(options):
+    """Average checkpoints into a new run."""
+    from nemo_moviegen.training.average import average
+
+    print(average(options.sources, options.output, weights=options.weights, kind=options.of))
+
+
 def encode_command(options):
     """Write the latents and text features of a manifest's clips."""
     from nemo_moviegen.encode import encode
@@ -173,6 +180,7 @@ COMMANDS = {
     "shapes": shapes_command,
     "cut": cut_command,
     "train": train_command,
+    "average": average_command,
     "encode": encode_command,
     "generate": generate_command,
     "demo": demo_command,

@@ -66,6 +66,12 @@ def _parser():
     )
     add("--cluster", help="where it runs: a name of recipes/clusters, as cluster=NAME")
 
+    add = command("average", "average the weights of several checkpoints into a new run")
+    add("sources", nargs="+", help="run folders (their newest checkpoint) or folders checkpoints/step=N")
+    add("--output", required=True, help="folder of the new run, to generate from or to start another from")
+    add("--weights", type=_weights, metavar="1,2,1", help="one a checkpoint, above 0 (all alike)")
+    add("--of", choices=("ema", "weights"), help="what to average (the EMA, where all checkpoints have one)")
+
     add = command("encode", "write the latents and text features of a manifest's clips")
     add("--manifest", required=True, help="clip manifest, as `shapes` and `cut` write it")
     add("--autoencoder", required=True, help="run folder of the autoencoder")
@@ -119,6 +125,15 @@ def _shape(text):
             f"{text!r} is no latent shape: write frames x height x width, as in 32x96x96"
         )
     return tuple(int(part) for part in parts)
+
+
+def _weights(text):
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no weights: write numbers with commas between, as in 1,2,1"
+        ) from None
 
 
 def _frame_size(text):

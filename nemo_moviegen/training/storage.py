@@ -56,14 +56,17 @@ class Piece:
     data: torch.Tensor
 
 
-def write_folder(folder, pieces, group=None):
+def write_folder(folder, pieces, group=None, make=None):
     """Write `pieces` ({name: [Piece]}) of all ranks of `group` into one empty folder; each element once.
 
     Called on every rank; returns when all have written. RuntimeError on every rank where one could not.
+    With `make` the pieces are whole tensors on the meta device, and `make(name)` returns each when its turn
+    comes: it is written to a file of its own and forgotten before the next.
     """
     folder = Path(folder)
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    # torch keeps every tensor of a file until the file is written
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=make is None, sync_files=True)
+    planner = _Planner(make)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's about its own deprecated names
         try:
@@ -111,15 +114,21 @@ def read_into(folder, pieces):
 
 def read_whole(folder, names):
     """{name: whole tensor} of some tensors of a folder, on this rank alone; ValueError as `read_into`."""
-    metadata = _metadata(folder)
-    whole = {}
+    stored, whole = meta_tensors(folder), {}
     for name in names:
-        entry = metadata.state_dict_metadata.get(name)
-        if entry is None:
+        if name not in stored:
             raise ValueError(f"{folder} holds no tensor {name}")
-        whole[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        whole[name] = torch.empty_like(stored[name], device="cpu")
     read_into(folder, {n: [Piece((0,) * t.dim(), tuple(t.shape), t)] for n, t in whole.items()})
     return whole
+
+
+def meta_tensors(folder) -> dict:
+    """{name: whole tensor on the meta device} of a folder; ValueError where its table can not be read."""
+    return {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in _metadata(folder).state_dict_metadata.items()
+    }
 
 
 def tensor_shapes(folder) -> dict:
@@ -141,6 +150,17 @@ def check_files(folder):
             raise ValueError(
                 f"{folder} is damaged: {name} has {file.stat().st_size:,} bytes, it needs {end:,}"
             )
+
+
+class _Planner(MCoreSavePlanner):
+    """Megatron's, which takes the tensors to write from `make` where there is one."""
+
+    def __init__(self, make):
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self.make = make
+
+    def resolve_data(self, write_item):
+        return self.make(write_item.index.fqn) if self.make else super().resolve_data(write_item)
 
 
 class SafeReader(dcp.FileSystemReader):
