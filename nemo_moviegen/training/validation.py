@@ -7,6 +7,7 @@ dropped.
 """
 
 import itertools
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ class ValidationLoss(pl.Callback):
     def __init__(self, recipe, data):
         self.recipe, self.data = recipe, data
         self.last_loss = None
-        """Of the step that has just ended; None where it was not measured."""
+        """Of the step that has just ended; None where it was not measured, or is no number."""
         self.values = {}
         """What metrics.jsonl says of it, {} where it was not measured."""
         if recipe.validation.every:
@@ -63,7 +64,8 @@ class ValidationLoss(pl.Callback):
             float(outputs["loss"])  # the step is over on the GPU too: its seconds are not ours
             started = time.perf_counter()
             self.values = self.measure(module)
-            self.last_loss = self.values["validation/loss"]
+            loss = self.values["validation/loss"]
+            self.last_loss = loss if math.isfinite(loss) else None
             self.values["validation/seconds"] = time.perf_counter() - started
 
     def is_due(self, step) -> bool:
