@@ -10,6 +10,7 @@ from nemo_moviegen.recipe import (
     Layout,
     Optim,
     TaeRecipe,
+    Validation,
     VideoRecipe,
 )
 from nemo_moviegen.sizes import VIDEO_TINY
@@ -79,4 +80,5 @@ def t2iv() -> VideoRecipe:
         output="out/demo/t2iv",
         save_every=600,
         init_from="out/demo/t2i",
+        validation=Validation(every=200, num_samples=12),
     )

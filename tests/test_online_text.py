@@ -19,7 +19,15 @@ from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.recipe import METRICS_FILE, LatentData, TokenLimits, override, read_recipe, recipe_yaml
+from nemo_moviegen.recipe import (
+    METRICS_FILE,
+    LatentData,
+    TokenLimits,
+    Validation,
+    override,
+    read_recipe,
+    recipe_yaml,
+)
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 from nemo_moviegen.training.data import MicroBatches
 from nemo_moviegen.training.text import with_text
@@ -121,11 +129,14 @@ def test_a_training_run_with_online_text_has_the_losses_of_the_cached_one(folder
     losses = []
     for run in recipes(folders, tmp_path, layout=Layout(sharding="full"), precision="fp32"):
         data = replace(run.data, token_limits=LIMITS)
+        measured = Validation(every=2, folder=data.folder, num_samples=5)
         run = replace(run, data=data, num_steps=2, save_every=2, output=str(tmp_path / data.text))
+        run = replace(run, validation=measured)
         train_on_ranks(run, 2)
         lines = (tmp_path / data.text / METRICS_FILE).read_text().splitlines()
         losses.append([json.loads(line)["train/loss"] for line in lines])
-    assert len(losses[0]) == 2 and losses[0] == losses[1]
+        losses[-1].append(json.loads(lines[-1])["validation/loss"])
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
 
 
 def test_ul2_lies_in_slices_over_the_ranks_of_a_fully_sharded_model(folders, tmp_path):
