@@ -1,6 +1,7 @@
 # Everything needs Python 3.11 and a package registry, nothing else; each target sets up what it needs.
 #   make demo    raw videos -> autoencoder -> latents -> training on two ranks -> prompted samples -> out/demo/report.html
 #   make test    the test suite
+#   make chaos   the demo's training killed at 20 random instants and resumed: nothing may differ to the last bit
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # Ranks share the cores: more threads than cores each make two ranks several times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo lint clean
+.PHONY: help setup test demo chaos lint clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +25,9 @@ test: $(STAMP)  ## the test suite
 
 demo: $(STAMP)  ## the whole chain at toy size; ends with out/demo/report.html
 	$(BIN)/moviegen demo
+
+chaos: $(STAMP)  ## training killed at 20 random instants resumes to the last bit; CHAOS="--kills 3 --launcher"
+	$(BIN)/python tests/chaos.py $(CHAOS)
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff check .

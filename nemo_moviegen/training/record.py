@@ -105,5 +105,7 @@ def open_after(path, step):
             except (ValueError, KeyError):
                 break  # the line a killed run was writing
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(kept), encoding="utf-8")
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, path)  # a run killed here keeps the old lines
     return path.open("a", buffering=1, encoding="utf-8")

@@ -96,7 +96,8 @@ class Checkpoints(pl.Callback):
         """Copy this rank's share and write it in the background."""
         tensors, owners = self.state.tensors(replica=0)
         check_space(self.folder, sum(t.nbytes for t in tensors.values()))
-        copied = {name: self.writer.copy(tensors)[name] for name in tensors}
+        copies = self.writer.copy(tensors)
+        copied = {name: copies[name] for name in tensors}
         told = {
             "step": step,
             "recipe": self.recipe.name,
