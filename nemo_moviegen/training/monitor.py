@@ -25,7 +25,7 @@ from megatron.core import parallel_state
 
 EMPTY = torch.iinfo(torch.int64).min
 """Where a rank has nothing to compare it writes the least number, over which a maximum passes."""
-_CHUNK = 2**24  # elements widened to int64 at once: 128 MiB
+_CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements widened to int64 at once: what a cache holds; 128 MiB
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_NAMED = 4
 
@@ -119,12 +119,14 @@ def checksum(tensor) -> torch.Tensor:
     """int64 scalar of raw bits and their places, on the tensor's device; one changed element changes it."""
     own = getattr(tensor, "_local_tensor", tensor)  # of a DTensor, this rank's piece
     bits = own.detach().contiguous().flatten().view(_INTEGERS[own.element_size()])
+    chunk = _CHUNK[bits.device.type]
+    # an odd factor is a bijection modulo 2**64, so what differs in one place cannot vanish
+    factors = torch.arange(1, 2 * min(chunk, bits.numel()), 2, device=bits.device)
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
-    for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].to(torch.int64)
-        part = part ^ (part >> 31)  # a bijection; without it two flipped signs of fp64 cancel
-        # an odd factor is a bijection modulo 2**64, so what differs in one place cannot vanish
-        total += (part * (torch.arange(start, start + part.numel(), device=part.device) * 2 + 1)).sum()
+    for start in range(0, bits.numel(), chunk):
+        part = bits[start : start + chunk].to(torch.int64)
+        part = part ^ (part >> 31)  # a bijection too; without it two flipped signs of fp64 cancel
+        total += 2 * start * part.sum() + part.mul_(factors[: part.numel()]).sum()
     return total
 
 
@@ -161,11 +163,9 @@ def all_agree(report, parameters, global_batch) -> bool:
     Every fact has its place in a vector of int64 that the ranks fill which must agree on it: they do where
     the maximum over all ranks is also the minimum.
     """
-    tensor, context, copies = (
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
-    )
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    context = parallel_state.get_context_parallel_world_size()
+    copies = parallel_state.get_data_parallel_world_size()
     # a rank that took too few samples or too many must not bring a vector of another length
     samples = (*report.samples, *[(-1, -1)] * global_batch)[: global_batch // copies]
     samples = [number for sample in samples for number in sample]
@@ -180,7 +180,7 @@ def all_agree(report, parameters, global_batch) -> bool:
     )
     negated = torch.where(own == EMPTY, EMPTY, ~own)  # ~ turns the order round
     both = torch.cat((own, negated, own.new_tensor([report.has_stand_ins])))
-    both = both.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+    both = both.to("cuda" if torch.cuda.is_available() else "cpu")
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
     both, has_stand_ins = both[:-1].cpu(), bool(both[-1])
     highest, lowest = both[: own.numel()], ~both[own.numel() :]
@@ -244,8 +244,8 @@ def _differing(what, reports, value, key, shown=lambda _: ""):
     `shown` is what a sentence says of a rank's value.
     """
     sets = defaultdict(lambda: defaultdict(list))
-    for report in reports:
-        sets[key(report)][value(report)].append(report)
+    for r in reports:
+        sets[key(r)][value(r)].append(r)
     for by_value in sets.values():
         most, *others = sorted(by_value.values(), key=lambda ranks: (-len(ranks), ranks[0].rank))
         for other in others[:_MOST_NAMED]:
