@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes", "layout", "spikes", "validation"},
+    {"settings", "sizes", "layout", "inputs", "spikes", "validation"},
     {"flops", "recipe"},
     {"cluster", "batch", "flow", "prompts", "video_files"},
     {"data", "tae", "text_encoders", "video"},
@@ -24,6 +24,7 @@ NO_TORCH = (
     "settings",
     "sizes",
     "layout",
+    "inputs",
     "spikes",
     "validation",
     "flops",

@@ -17,12 +17,12 @@ from nemo_moviegen.data.collate import collate, cut_text, limit_text
 from nemo_moviegen.data.latents import LatentReader, LatentSample, LatentWriter, write_empty_prompt
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
+from nemo_moviegen.inputs import TokenLimits
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.recipe import (
     METRICS_FILE,
     LatentData,
-    TokenLimits,
     Validation,
     override,
     read_recipe,

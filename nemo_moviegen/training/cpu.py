@@ -147,7 +147,7 @@ def _patch_adam():
 
 
 def _patch_main_precision():
-    """Megatron's optimizers name fp32 where they mean full precision: fp64 stays fp64 for the parity tests."""
+    """Megatron's optimizers say fp32 where they mean full precision: fp64 stays fp64 (parity tests)."""
     import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.optimizer.distrib_optimizer as sharded_optimizer
     import megatron.core.optimizer.optimizer as plain_optimizer
