@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import textwrap
+from types import SimpleNamespace
 
 import torch
 import torch.utils._device as torch_devices
@@ -195,6 +196,16 @@ def _patch_fsdp():
             group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs
         )
     )
+    # Gathered weights arrive while other buckets' storages are freed and made again. A stream keeps the two
+    # apart on a GPU; here gloo's threads and the allocator do not, and the heap breaks after some hundred steps.
+    gather = buffers._coalescing_manager
+
+    @contextlib.contextmanager
+    def gather_now(group, device=None, async_ops=False):
+        with gather(group, device):
+            yield SimpleNamespace(wait=lambda: None)
+
+    buffers._coalescing_manager = gather_now
     # The tables of buffers list fp32, fp16, bf16 and fp8
     buffers._dtype_size = lambda dtype: dtype.itemsize
     owner, name = buffers.ParamAndGradBuffer, "_init_each_parameter_group_buffers"
