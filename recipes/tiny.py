@@ -63,6 +63,7 @@ def t2i() -> VideoRecipe:
         precision="fp32",
         output="out/demo/t2i",
         save_every=200,
+        ema_decay=0.99,
         guidance_scale=3.0,
     )
 

@@ -196,8 +196,8 @@ def _patch_fsdp():
             group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs
         )
     )
-    # Gathered weights arrive while other buckets' storages are freed and made again. On a GPU the stream keeps
-    # the two apart; with gloo's threads nothing does, and the heap broke after some hundred steps.
+    # Gathered weights arrive while other buckets' storages are freed and made again. On a GPU the stream
+    # keeps the two apart; with gloo's threads nothing does, and the heap broke after some hundred steps.
     gather = buffers._coalescing_manager
 
     @contextlib.contextmanager
