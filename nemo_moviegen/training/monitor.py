@@ -121,7 +121,7 @@ def checksum(tensor) -> torch.Tensor:
     bits = own.detach().contiguous().flatten().view(_INTEGERS[own.element_size()])
     chunk = _CHUNK[bits.device.type]
     # an odd factor is a bijection modulo 2**64, so what differs in one place cannot vanish
-    factors = torch.arange(1, 2 * min(chunk, bits.numel()), 2, device=bits.device)
+    factors = 2 * torch.arange(min(chunk, bits.numel()), device=bits.device) + 1
     total = torch.zeros((), dtype=torch.int64, device=bits.device)
     for start in range(0, bits.numel(), chunk):
         part = bits[start : start + chunk].to(torch.int64)
