@@ -39,9 +39,8 @@ class FlowMatchingModule(pl.LightningModule):
     def configure_model(self):
         """Lightning's hook once megatron's groups exist."""
         if not hasattr(self, "module"):
-            model_parallel_cuda_manual_seed(
-                self.recipe.seed
-            )  # Transformer Engine asks for megatron's streams
+            # Transformer Engine's layers ask for megatron's streams of random numbers
+            model_parallel_cuda_manual_seed(self.recipe.seed)
             self.module = VideoTransformer(self.config, self.recipe.seed if self.is_fresh else None)
 
     def data_step(self, dataloader_iter):
