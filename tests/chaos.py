@@ -35,6 +35,7 @@ from chaos_runs import (
     end_run,
     settings,
     steps_of,
+    strike,
     tail_of,
     warm_up,
     write_latents,
@@ -86,7 +87,7 @@ def attempt(start, assignments, folder, kill, reference, seconds_limit=PATIENCE_
     started = time.perf_counter()
     run = start(assignments, log)
     watched = Saves(folder, resumed_from)
-    strike = None if kill is None or kill.in_save else started + kill.after_seconds
+    strikes_at = None if kill is None or kill.in_save else started + kill.after_seconds
     was_killed = False
     try:
         while run.poll() is None:
@@ -94,9 +95,9 @@ def attempt(start, assignments, folder, kill, reference, seconds_limit=PATIENCE_
             assert now - started < seconds_limit, (
                 f"{folder} was still running after {seconds_limit} s\n{tail_of(log)}"
             )
-            if kill and kill.in_save and strike is None and watched.begun() >= kill.in_save:
-                strike = now + kill.after_seconds
-            if strike is not None and now >= strike and not was_killed:
+            if kill and kill.in_save and strikes_at is None and watched.begun() >= kill.in_save:
+                strikes_at = now + kill.after_seconds
+            if strikes_at is not None and now >= strikes_at and not was_killed:
                 was_killed = strike(run, kill)
             time.sleep(0.001)
     finally:
