@@ -7,7 +7,7 @@ import resource
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
@@ -52,6 +52,7 @@ def _write_in_background(path):
     writer.wait()
 
 
+@settings(deadline=None)  # each example reads files
 @given(st.integers(0, 9), st.integers(0, 3), st.data())
 def test_any_rectangle_reads_back_whatever_ranks_wrote(folder, row, column, data):
     height, width = data.draw(st.integers(1, 10 - row)), data.draw(st.integers(1, 4 - column))
