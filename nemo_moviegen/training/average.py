@@ -9,7 +9,7 @@ of the 30B has 201 M elements, 0.8 GB in fp32.
 import math
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_moviegen.recipe import RECIPE_FILE, VideoRecipe, read_recipe, recipe_yaml
@@ -20,6 +20,7 @@ from nemo_moviegen.training.checkpoint import (
     TENSORS,
     last_checkpoint,
     read_state,
+    size_differences,
 )
 
 EMA, WEIGHTS = "ema", "weights"
@@ -101,14 +102,8 @@ def _shares(weights, sources):
 
 def _check_sizes(sources):
     first, *others = sources
-    sizes = asdict(first.recipe.size)
     for other in others:
-        theirs = asdict(other.recipe.size)
-        different = [
-            f"{name} {theirs[name]} instead of {value}"
-            for name, value in sizes.items()
-            if name != "name" and theirs[name] != value
-        ]
+        different = size_differences(other.recipe, first.recipe)
         if different:
             raise ValueError(
                 f"{other.folder} holds another model than {first.folder}: {'; '.join(different)}; average "

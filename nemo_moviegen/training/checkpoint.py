@@ -140,14 +140,19 @@ def _check_same_run(recipe):
         )
 
 
-def _check_same_size(recipe):
-    theirs = read_recipe(Path(recipe.output, RECIPE_FILE))
+def size_differences(theirs, recipe) -> list[str]:
+    """Where the model of another run's recipe is not that of `recipe`, field by field; names do not count."""
     theirs = asdict(theirs.size) if isinstance(theirs, VideoRecipe) else {}
-    different = [
+    return [
         f"{name} {theirs.get(name)} instead of {value}"
         for name, value in asdict(recipe.size).items()
         if name != "name" and theirs.get(name) != value
     ]
+
+
+def _check_same_size(recipe):
+    theirs = read_recipe(Path(recipe.output, RECIPE_FILE))
+    different = size_differences(theirs, recipe)
     if different:
         raise ValueError(
             f"{recipe.output} holds another model than {recipe.name}: {'; '.join(different)}; set another "

@@ -2,7 +2,7 @@
 
 import torch
 
-from nemo_moviegen.training.shards import MOMENTS, init_moments, own_shards, unwrapped
+from nemo_moviegen.training.shards import init_moments, own_shards, unwrapped
 from nemo_moviegen.training.storage import Piece, read_into, tensor_shapes
 
 WEIGHTS, EMA = "weights", "ema"
@@ -110,8 +110,3 @@ def pieces(tensors, owners):
         ]
         for name, tensor in tensors.items()
     }
-
-
-def is_moment(name) -> bool:
-    """Whether a tensor of a checkpoint belongs to the optimiser alone."""
-    return name.split(".", 1)[0] in MOMENTS
