@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
     {"settings", "sizes", "layout", "inputs", "spikes", "validation"},
-    {"flops", "recipe"},
+    {"flops", "recipe", "buckets"},
     {"cluster", "batch", "flow", "prompts", "video_files"},
     {"data", "tae", "text_encoders", "video"},
     {"training"},
     {"encode", "generate", "report_charts", "report_samples", "launch"},
-    {"report"},
+    {"report", "curation", "bench"},
     {"recipes"},
     {"tables", "demo", "arguments"},
     {"__main__", "nemo_cli"},
@@ -29,6 +29,7 @@ NO_TORCH = (
     "validation",
     "flops",
     "recipe",
+    "buckets",
     "cluster",
     "launch",
     "tables",
