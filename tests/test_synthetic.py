@@ -1,5 +1,7 @@
 """Moving Shapes: captions, pixels and files agree."""
 
+import json
+
 import av
 import numpy as np
 import pytest
@@ -134,3 +136,12 @@ def test_splits_and_seeds_write_different_files(tmp_path):
     assert len({row.path for row in rows}) == len({row.clip_id for row in rows}) == 6
     with pytest.raises(ValueError, match="counts start at 1"):
         write_moving_shapes(tmp_path, 0)
+
+
+def test_beside_each_file_lies_what_it_shows(tmp_path):
+    clip, image = write_moving_shapes(tmp_path, 1, split="heldout", progress=False)
+    sidecar = json.loads((tmp_path / f"{clip.clip_id}.json").read_text())
+    assert sidecar["caption"] == clip.caption
+    assert sidecar["image_caption"] == image.caption
+    assert sidecar["split"] == "heldout"
+    assert sidecar["attributes"] == json.loads(clip.attributes)

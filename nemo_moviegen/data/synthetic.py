@@ -126,7 +126,8 @@ def write_moving_shapes(
     """Render `num_clips` clips to VP9 files in `folder`; returns their rows (the caller writes the manifest).
 
     With `images`, one frame of each clip, at a time drawn per clip, follows it as an image row. The files of
-    two splits or seeds do not collide.
+    two splits or seeds do not collide. Beside each file lies a JSON with its captions, split and attributes,
+    as `moviegen curate` reads them.
     """
     from rich.progress import track
 
@@ -142,6 +143,13 @@ def write_moving_shapes(
         spec = draw_spec(seed, index, split)
         clip_id = f"shapes-{split}-{seed}-{index:06d}"
         path = write_video(folder / f"{clip_id}.mp4", render(spec, num_frames, size_px, fps), fps)
+        sidecar = {
+            "caption": caption(spec),
+            "image_caption": image_caption(spec),
+            "split": split,
+            "attributes": asdict(spec),
+        }
+        path.with_suffix(".json").write_text(json.dumps(sidecar, indent=1) + "\n")
         clip = Clip(
             clip_id=clip_id,
             path=str(path),
