@@ -79,7 +79,8 @@ def shapes_command(options):
 
 def cut_command(options):
     """Cut videos into clips and add them to a manifest."""
-    from nemo_moviegen.data.clips import cut_clips, read_manifest, write_manifest
+    from nemo_moviegen.data.clips import read_manifest, write_manifest
+    from nemo_moviegen.data.cutting import cut_clips
 
     clips = read_manifest(options.manifest) if Path(options.manifest).exists() else []
     for video in options.videos:

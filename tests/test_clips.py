@@ -10,13 +10,11 @@ import pytest
 from nemo_moviegen.data.clips import (
     BIG_BUCK_BUNNY,
     Clip,
-    cut_clips,
-    probe_video,
     read_manifest,
     sample_id,
     write_manifest,
-    write_video,
 )
+from nemo_moviegen.data.cutting import cut_clips, probe_video, write_video
 
 
 def a_clip(clip_id="a", path="a.mp4", **changes):

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, Clip, cut_clips, image_of, probe_video, write_video
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, Clip
+from nemo_moviegen.data.cutting import cut_clips, image_of, probe_video, write_video
 from nemo_moviegen.data.dali import ClipLoader
 from nemo_moviegen.data.frames import nearest_frames, read_clip
 from nemo_moviegen.data.synthetic import draw_spec, render

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nemo_moviegen import demo
-from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, cut_clips
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY
+from nemo_moviegen.data.cutting import cut_clips
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.demo import (
     NUM_HELDOUT_PROMPTS,

@@ -189,7 +189,8 @@ def test_ranks_of_one_copy_draw_alike_and_copies_share_no_sample(folder):
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    from nemo_moviegen.data.clips import Clip, image_of, write_video
+    from nemo_moviegen.data.clips import Clip
+    from nemo_moviegen.data.cutting import image_of, write_video
     from nemo_moviegen.data.synthetic import draw_spec, render
 
     folder, clips = tmp_path_factory.mktemp("clips"), []

@@ -1,14 +1,18 @@
 """Clips and their manifest: which seconds of which file are a training sample, and what they show (s3.2.1).
 
-A manifest is a Parquet table, one row a clip. Cutting a video adds rows; it never re-encodes.
+A manifest is a Parquet table, one row a clip. Cutting a video adds rows; it never re-encodes. In memory it
+stays a table: a million clips are read, checked and chosen from column by column, and become `Clip` objects
+one at a time where one is asked for.
 """
 
 import hashlib
 import json
 import logging
+import math
+import operator
 import os
-from dataclasses import asdict, dataclass, fields, replace
-from fractions import Fraction
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -41,29 +45,20 @@ class Clip:
     """train or heldout."""
     attributes: str = ""
     """JSON of what is known about the clip, empty where nothing is."""
+    source: str = ""
+    """Collection the clip came from, empty where there is one only."""
 
     def __post_init__(self):
         if self.kind not in ("video", "image"):
             raise ValueError(f"clip {self.clip_id}: kind is {self.kind!r}; use video or image")
         if self.split not in ("train", "heldout"):
             raise ValueError(f"clip {self.clip_id}: split is {self.split!r}; use train or heldout")
-        span = (self.start_seconds, self.end_seconds)
-        if self.start_seconds < 0 or (self.kind == "image") != (span[0] == span[1]) or span[1] < span[0]:
+        start, end = self.start_seconds, self.end_seconds
+        if not 0 <= start <= end < math.inf or (self.kind == "image") != (start == end):
             raise ValueError(
-                f"clip {self.clip_id}: seconds {span[0]}..{span[1]} are no {self.kind}: "
+                f"clip {self.clip_id}: seconds {start}..{end} are no {self.kind}: "
                 "a video ends after it starts, an image ends where it starts"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoInfo:
-    """What a video file's header says."""
-
-    codec: str
-    width_px: int
-    height_px: int
-    fps: float
-    duration_seconds: float
 
 
 def sample_id(clip_id) -> int:
@@ -71,25 +66,90 @@ def sample_id(clip_id) -> int:
     return int.from_bytes(hashlib.blake2b(clip_id.encode(), digest_size=8).digest(), "big") >> 1
 
 
+class Clips(Sequence):
+    """Clips of a manifest, in row order, as columns: `clips[row]` is a `Clip`, a slice is again `Clips`.
+
+    Made by `read_manifest` or from any iterable of `Clip` by `Clips.of`; `+` joins two. Equal to a list of
+    equal clips.
+    """
+
+    def __init__(self, table):
+        self.table = table
+        """pyarrow.Table with a column for each field of `Clip`, nothing in it missing."""
+
+    @classmethod
+    def of(cls, clips) -> "Clips":
+        """The same clips as columns; those that are columns already, as they are."""
+        import pyarrow as pa
+
+        if isinstance(clips, cls):
+            return clips
+        rows = [vars(clip) for clip in clips]
+        for row in rows:
+            _check_text(row)
+        return cls(pa.Table.from_pylist(rows, schema=_schema()))
+
+    def column(self, name):
+        """Values of one field as numpy array [N]; Python strings (dtype object) where the field is text."""
+        return self.table.column(name).to_numpy()
+
+    def select(self, rows) -> "Clips":
+        """The clips of these rows, in that order; `rows` are numbers, or a boolean for each clip."""
+        import numpy as np
+
+        rows = np.asarray(rows)
+        chosen = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
+        return Clips(self.table.take(chosen))
+
+    def __len__(self):
+        return self.table.num_rows
+
+    def __getitem__(self, row):
+        if isinstance(row, slice):
+            return self.select(range(*row.indices(len(self))))
+        row = operator.index(row)
+        row += len(self) if row < 0 else 0
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} clips")
+        return Clip(**{name: self.table.column(name)[row].as_py() for name in self.table.column_names})
+
+    def __iter__(self):
+        for batch in self.table.to_batches(max_chunksize=4096):
+            for row in batch.to_pylist():
+                yield Clip(**row)
+
+    def __add__(self, clips):
+        import pyarrow as pa
+
+        return Clips(pa.concat_tables([self.table, Clips.of(clips).table]))
+
+    def __eq__(self, other):
+        if isinstance(other, Clips):
+            return self.table.equals(other.table)
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    __hash__ = None
+
+
 def write_manifest(path, clips) -> Path:
     """Manifest at `path` with a row for each clip, in order; files below its folder are named relative to it.
 
     Written beside and renamed: a killed writer leaves the old manifest. ValueError if two clips share an id.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = Path(path)
-    _check_unique(path, clips)
+    table = Clips.of(clips).table
+    _check_unique(path, table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(replace(clip, path=_relative(clip.path, path.parent))) for clip in clips]
+    folder = os.path.join(os.path.abspath(path.parent), "")
     part = path.with_name(path.name + ".part")
-    pq.write_table(pa.Table.from_pylist(rows, schema=_schema()), part)
+    pq.write_table(_with_paths(table, lambda file: os.path.abspath(file).removeprefix(folder)), part)
     os.replace(part, path)
     return path
 
 
-def read_manifest(path) -> list[Clip]:
+def read_manifest(path) -> Clips:
     """Clips of the manifest in row order, paths absolute. ValueError says what is wrong with the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -106,117 +166,11 @@ def read_manifest(path) -> list[Clip]:
         raise ValueError(
             f"manifest {path} lacks the columns {', '.join(missing)}; write it again with `write_manifest`"
         )
-    rows = table.select(_schema().names).to_pylist()
-    for row in rows:
-        row["path"] = str((path.parent / row["path"]).resolve())
-    clips = [Clip(**row) for row in rows]
-    _check_unique(path, clips)
-    return clips
-
-
-def probe_video(path) -> VideoInfo:
-    """Header of the video file at `path`. ValueError names a file that is missing, empty or no video."""
-    import av
-
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path}: the file is empty")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path}: no video stream in it")
-            stream = container.streams.video[0]
-            seconds = (
-                stream.duration * stream.time_base if stream.duration else (container.duration or 0) / 1e6
-            )
-            return VideoInfo(
-                codec=stream.codec_context.name,
-                width_px=stream.width,
-                height_px=stream.height,
-                fps=float(stream.average_rate or stream.guessed_rate or 0),
-                duration_seconds=float(seconds),
-            )
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: not a video that can be opened ({error.strerror})") from None
-
-
-def cut_clips(
-    video, seconds, *, caption="a video clip", split="train", images=False, attributes: dict | None = None
-) -> list[Clip]:
-    """Non-overlapping clips of `seconds` of a video file, the rest left out; nothing is re-encoded.
-
-    `caption` is one string for all clips or a list with one for each. With `images`, the middle frame of each
-    clip follows it as an image row. ValueError if the file is no video or shorter than one clip.
-    """
-    info, video = probe_video(video), Path(video).resolve()
-    if seconds <= 0:
-        raise ValueError(f"clips of {seconds} seconds: give a length above zero")
-    count = int(info.duration_seconds / seconds + 1e-6)
-    if not count:
-        raise ValueError(
-            f"{video}: {info.duration_seconds:.2f} s is shorter than one clip of {seconds} s; cut shorter"
-        )
-    captions = [caption] * count if isinstance(caption, str) else list(caption)
-    if len(captions) != count:
-        raise ValueError(
-            f"{video}: {count} clips of {seconds} s, but {len(captions)} captions; give one for each clip"
-        )
-    clips = []
-    for index, text in enumerate(captions):
-        clip = Clip(
-            clip_id=f"{video.stem}-{index:05d}",
-            path=str(video),
-            kind="video",
-            start_seconds=index * seconds,
-            end_seconds=(index + 1) * seconds,
-            source_fps=info.fps,
-            width_px=info.width_px,
-            height_px=info.height_px,
-            codec=info.codec,
-            caption=text,
-            split=split,
-            attributes=json.dumps(attributes) if attributes else "",
-        )
-        clips += [clip, image_of(clip, (index + 0.5) * seconds, text)] if images else [clip]
-    return clips
-
-
-def image_of(clip, at_seconds, caption) -> Clip:
-    """The frame of `clip` nearest to `at_seconds` of its file, as an image row with its own caption."""
-    return replace(
-        clip,
-        clip_id=f"{clip.clip_id}-image",
-        kind="image",
-        start_seconds=at_seconds,
-        end_seconds=at_seconds,
-        caption=caption,
-    )
-
-
-def write_video(path, video_THWC, fps, codec="libvpx-vp9", pix_fmt="yuv420p") -> Path:
-    """uint8 RGB frames as a video file of near-lossless quality; written beside and renamed.
-
-    VP9 by default, which DALI decodes on a CPU. The container follows the file's ending.
-    """
-    import av
-
-    path = Path(path)
-    part = path.with_name(f".part-{path.name}")
-    with av.open(str(part), "w") as container:
-        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = video_THWC.shape[1:3]
-        stream.pix_fmt = pix_fmt
-        stream.codec_context.thread_count = 1  # small frames: threads cost more than they give
-        if codec == "libvpx-vp9":
-            # quality 10 of 0..63 with no bitrate cap; speed 8 costs a few ms a clip
-            stream.options = {"crf": "10", "b": "0", "deadline": "realtime", "cpu-used": "8"}
-        for frame_HWC in video_THWC:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
-        container.mux(stream.encode())
-    os.replace(part, path)
-    return path
+    table = _checked_columns(path, table.select(_schema().names))
+    _check_rows(path, table)
+    _check_unique(path, table)
+    folder = str(path.parent.resolve())
+    return Clips(_with_paths(table, lambda file: os.path.normpath(os.path.join(folder, file))))
 
 
 def record_unusable(quarantine, clip_id, path, reason):
@@ -233,20 +187,79 @@ def record_unusable(quarantine, clip_id, path, reason):
 def _schema():
     import pyarrow as pa
 
-    types = {str: pa.string(), float: pa.float64(), int: pa.int64()}
+    # large strings: the captions of ten million clips do not fit the 2 GiB of a plain string column
+    types = {str: pa.large_string(), float: pa.float64(), int: pa.int64()}
     return pa.schema([(field.name, types[field.type]) for field in fields(Clip)])
 
 
-def _check_unique(path, clips):
-    seen = set()
-    for clip in clips:
-        if clip.clip_id in seen:
+def _check_text(row):
+    for name, value in row.items():
+        try:
+            if isinstance(value, str):
+                value.encode()
+        except UnicodeEncodeError:
             raise ValueError(
-                f"manifest {path}: two clips are called {clip.clip_id!r}; give each its own clip_id"
+                f"clip {row['clip_id']!a}: {name} {value!a} is not text; give it in UTF-8"
+            ) from None
+
+
+def _checked_columns(path, table):
+    """The table with the columns' types; ValueError names the first row of a value that is none."""
+    import pyarrow as pa
+
+    for name in table.column_names:
+        column = table.column(name)
+        if column.null_count:
+            row = column.is_null().index(True).as_py()
+            raise ValueError(
+                f"manifest {path}: row {row} has no {name}; write an empty text where none is known"
             )
-        seen.add(clip.clip_id)
+        try:
+            column = column.cast(_schema().field(name).type)
+            column.validate(full=True)  # text is UTF-8
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise ValueError(f"manifest {path}: column {name} cannot be used: {error}") from None
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
 
 
-def _relative(path, folder):
-    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+def _check_rows(path, table):
+    """What `Clip` checks, of all rows at once; its own words for the first that fails."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    def among(name, values):
+        return pc.is_in(table.column(name), value_set=pa.array(values, pa.large_string())).to_numpy()
+
+    start_N, end_N = (table.column(f"{name}_seconds").to_numpy() for name in ("start", "end"))
+    spans = (start_N >= 0) & (start_N <= end_N) & (end_N < np.inf)
+    good = spans & (among("kind", ["image"]) == (start_N == end_N))
+    good &= among("kind", ["video", "image"]) & among("split", ["train", "heldout"])
+    for row in np.flatnonzero(~good)[:1]:
+        try:
+            Clips(table)[row]
+        except ValueError as error:
+            raise ValueError(f"manifest {path}: {error}") from None
+        raise AssertionError(f"row {row}: refused as a row and not as a Clip")
+
+
+def _check_unique(path, table):
+    import pyarrow.compute as pc
+
+    ids = table.column("clip_id")
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
+    counts = pc.value_counts(ids)
+    twin = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+    raise ValueError(f"manifest {path}: two clips are called {twin!r}; give each its own clip_id")
+
+
+def _with_paths(table, change):
+    """The table with `change` done to the path of every file; a file of many clips is changed once."""
+    import pyarrow as pa
+
+    paths = table.column("path").combine_chunks().dictionary_encode()
+    changed = pa.array([change(file) for file in paths.dictionary.to_pylist()], pa.large_string())
+    index = table.column_names.index("path")
+    return table.set_column(index, "path", changed.take(paths.indices))

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_moviegen.data.clips import Clip, image_of, write_video
+from nemo_moviegen.data.clips import Clip
+from nemo_moviegen.data.cutting import image_of, write_video
 
 COLORS = {"red": (225, 40, 35), "green": (40, 190, 60), "blue": (50, 95, 245), "yellow": (240, 215, 40)}
 COLORS |= {"white": (240, 240, 240)}
