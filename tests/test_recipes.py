@@ -122,6 +122,7 @@ def test_overrides_are_checked_together_not_one_by_one():
         ("optim.learning_rate=nan", "optim.learning_rate is nan; use a number above 0"),
         ("optim.beta2=1", "optim.beta2 is 1.0; use 0 or more and less than 1"),
         ("data.prompt_drop=2", "data.prompt_drop is 2.0; it is a share"),
+        ("data.prefetch=-1", "data.prefetch is -1; use 0 or more"),
         ("precision=bf8", "precision is 'bf8'; use bf16, fp32 or fp64"),
         ("output=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
