@@ -46,16 +46,17 @@ def write(folder, count=10, samples_per_shard=4):
     return samples
 
 
-def test_samples_come_back_by_row_normalised(tmp_path):
+def test_samples_come_back_by_row_as_they_are_stored(tmp_path):
     samples = write(tmp_path)
     reader = LatentReader(tmp_path)
     assert len(reader) == 10
-    assert reader.sample_ids == [sample.sample_id for sample in samples]
-    assert reader.latent_shapes == [(1 if n % 3 == 2 else 2, 4, 4) for n in range(10)]
+    assert reader.sample_ids.tolist() == [sample.sample_id for sample in samples]
+    assert reader.latent_shapes.tolist() == [[1 if n % 3 == 2 else 2, 4, 4] for n in range(10)]
+    assert reader.sample_ids.dtype == reader.latent_shapes.dtype == np.int64
+    assert reader.distinct_shapes == [(1, 4, 4), (2, 4, 4)]
     for row in (7, 0, 9, 3):
         read, written = reader[row], samples[row]
-        expected = (written.latent_TCHW - reader.mean_C[:, None, None]) / reader.std_C[:, None, None]
-        assert np.array_equal(read.latent_TCHW, expected) and read.latent_TCHW.dtype == np.float32
+        assert np.array_equal(read.latent_TCHW, written.latent_TCHW) and read.latent_TCHW.dtype == np.float16
         assert (read.sample_id, read.clip_id, read.caption, read.fps) == (
             written.sample_id,
             written.clip_id,
@@ -79,7 +80,21 @@ def test_a_channel_that_never_varies_is_centred_and_stays_finite(tmp_path):
     sample.latent_TCHW[:, 1] = 5.0
     with LatentWriter(tmp_path) as writer:
         writer.add(sample)
-    assert np.all(LatentReader(tmp_path)[0].latent_TCHW[:, 1] == 0)
+    reader = LatentReader(tmp_path)
+    batch = collate([reader[0]], [0], CONTEXTS, statistics=reader.statistics)
+    assert torch.all(batch.latent_BTCHW[0, :, 1] == 0) and batch.latent_BTCHW.isfinite().all()
+
+
+def test_a_batch_is_normalised_by_the_statistics_of_its_reader(tmp_path):
+    samples = write(tmp_path)
+    reader = LatentReader(tmp_path)
+    batch = collate(reader.read([0, 3, 1]), [0, 0, 0], CONTEXTS, statistics=reader.statistics)
+    for read_TCHW, row in zip(batch.latent_BTCHW, [0, 3, 1], strict=True):
+        centred = samples[row].latent_TCHW - reader.mean_C[:, None, None]
+        assert np.array_equal(read_TCHW.numpy(), centred / reader.std_C[:, None, None])
+    raw = collate(reader.read([0, 3, 1]), [0, 0, 0], CONTEXTS)
+    assert np.array_equal(raw.latent_BTCHW[1].numpy(), samples[3].latent_TCHW)
+    assert raw.latent_BTCHW.dtype == batch.latent_BTCHW.dtype == torch.float32
 
 
 def test_the_webdataset_package_reads_the_shards(tmp_path):

@@ -75,7 +75,7 @@ def recipes(folders, output, **changes):
 def assert_same_contexts(found, wanted):
     assert [*found] == [*wanted]
     for name, features_LD in wanted.items():
-        assert found[name].dtype == features_LD.dtype == np.float32
+        assert found[name].dtype == features_LD.dtype == np.float16
         np.testing.assert_array_equal(found[name], features_LD)
 
 

@@ -14,12 +14,15 @@ def collate(
     pad="longest",
     latent_channels=None,
     token_limits=None,
+    statistics=None,
 ) -> VideoBatch:
     """The samples as a batch, floating-point tensors as `dtype`, contexts in the order of `context_sizes`.
 
-    `epochs` says how often each sample was seen. Text is cut to the recipe's `token_limits` (see `cut_text`),
-    then padded with zeros to the longest of the batch (pad="longest", at least one token, so an encoder that
-    saw no text is one masked token) or to the encoder's limit (pad="max", the same shape every step).
+    With `statistics`, the float32 (mean_C, std_C) of a reader, latents are normalised while they are stacked;
+    without they stay as they are. `epochs` says how often each sample was seen. Text is cut to the recipe's
+    `token_limits` (see `cut_text`), then padded with zeros to the longest of the batch (pad="longest", at
+    least one token, so an encoder that saw no text is one masked token) or to the encoder's limit (pad="max",
+    the same shape every step).
     ValueError where shapes differ, or features or channels are not those of the recipe.
     """
     if pad not in ("longest", "max"):
@@ -33,12 +36,25 @@ def collate(
     padded = [_pad(samples, size, limit, pad) for size, limit in zip(context_sizes, limits, strict=True)]
     _check_text(samples, [mask_BL for _, mask_BL in padded])
     return VideoBatch(
-        latent_BTCHW=torch.from_numpy(np.stack([sample.latent_TCHW for sample in samples])).to(dtype),
+        latent_BTCHW=stack_latents(samples, statistics).to(dtype),
         contexts=tuple(torch.from_numpy(features_BLD).to(dtype) for features_BLD, _ in padded),
         masks=tuple(torch.from_numpy(mask_BL) for _, mask_BL in padded),
         sample_ids=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
         epochs=torch.tensor(epochs, dtype=torch.int64),
     )
+
+
+def stack_latents(samples, statistics=None):
+    """Latents of one shape as float32 [B, T, C, H, W], (x - mean) / deviation of each channel where given."""
+    stored = [torch.from_numpy(sample.latent_TCHW) for sample in samples]
+    if statistics is None:
+        return torch.stack(stored).float()
+    latent_BTCHW = torch.empty(len(stored), *stored[0].shape)
+    mean_C11, std_C11 = (torch.from_numpy(numbers_C)[:, None, None] for numbers_C in statistics)
+    for latent_TCHW, from_TCHW in zip(latent_BTCHW, stored, strict=True):
+        for frame_CHW, from_CHW in zip(latent_TCHW, from_TCHW, strict=True):  # a frame stays in the cache
+            torch.sub(from_CHW, mean_C11, out=frame_CHW).div_(std_C11)
+    return latent_BTCHW
 
 
 def _check_latents(samples, latent_channels):

@@ -34,9 +34,9 @@ class LatentSample:
     fps: float
     """Frame rate the clip was encoded at."""
     latent_TCHW: np.ndarray
-    """float32: as encoded when written, normalised per channel when read."""
+    """As encoded; float16 when read. `collate` normalises it."""
     contexts: dict[str, np.ndarray]
-    """Features [L, width] of the real tokens, by text encoder; L may be 0."""
+    """Features [L, width] of the real tokens, by text encoder, float16 when read; L may be 0."""
 
 
 class LatentWriter:
@@ -175,14 +175,18 @@ class LatentReader:
         self.folder, self.skip_damaged = Path(folder), skip_damaged
         self.quarantine = quarantine
         index = _read_index(self.folder)
-        self.sample_ids = [int(i) for i in index["sample_id"]]
-        self.latent_shapes = list(
-            zip(index["latent_frames"], index["latent_height"], index["latent_width"], strict=True)
+        self.sample_ids = np.array(index["sample_id"], np.int64)
+        """int64 [N]."""
+        self.latent_shapes = np.stack(
+            [np.array(index[f"latent_{axis}"], np.int64) for axis in ("frames", "height", "width")], axis=1
         )
+        """int64 [N, 3]: latent frames, height, width."""
         self._clip_ids, self._shards = index["clip_id"], index["shard"]
         self._places = list(zip(index["offset"], index["nbytes"], index["crc32"], strict=True))
         statistics = json.loads((self.folder / STATISTICS).read_text())
         self.mean_C, self.std_C = (np.array(statistics[name], np.float32) for name in ("mean", "std"))
+        self.statistics = self.mean_C, self.std_C
+        """What `collate` normalises latents with."""
         self._open = functools.lru_cache(maxsize=64)(ShardFile)
         self._damaged = set()
         if not skip_damaged:
@@ -203,10 +207,10 @@ class LatentReader:
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `moviegen encode` again")
         with np.load(path) as arrays:
-            return as_read({name: arrays[name] for name in arrays.files})
+            return {name: arrays[name] for name in arrays.files}
 
     def __getitem__(self, row) -> LatentSample:
-        """The sample, latents normalised to about zero mean and unit deviation a channel.
+        """The sample as it was stored, float16.
 
         ValueError names shard and sample where the bytes are not those that were written.
         """
@@ -221,12 +225,7 @@ class LatentReader:
         if zlib.crc32(span) != crc32:
             raise self._damage(row, "its checksum does not match, the shard is corrupt")
         latent_TCHW, contexts, facts = unpack_sample(span)
-        mean_C11, std_C11 = self.mean_C[:, None, None], self.std_C[:, None, None]
-        return LatentSample(
-            latent_TCHW=(latent_TCHW.astype(np.float32) - mean_C11) / std_C11,
-            contexts=as_read(contexts),
-            **facts,
-        )
+        return LatentSample(latent_TCHW=latent_TCHW, contexts=contexts, **facts)
 
     def read(self, rows) -> list[LatentSample]:
         """The samples of these rows; with `skip_damaged`, a damaged one is replaced by the next of its shape.
@@ -237,7 +236,7 @@ class LatentReader:
         return [self._read_or_replace(row) if self.skip_damaged else self[row] for row in rows]
 
     def _read_or_replace(self, row):
-        same_shape = self._rows_of_shape[self.latent_shapes[row]]
+        same_shape = self._rows_of_shape[tuple(self.latent_shapes[row].tolist())]
         start = int(np.searchsorted(same_shape, row))
         for step in range(len(same_shape)):
             candidate = int(same_shape[(start + step) % len(same_shape)])
@@ -252,12 +251,18 @@ class LatentReader:
             f"{self.folder}: every sample of shape {shape} is damaged; run `moviegen encode` again"
         )
 
+    @property
+    def distinct_shapes(self) -> list[tuple[int, int, int]]:
+        """(T, H, W) of the latents in the folder, each once, sorted."""
+        return list(self._rows_of_shape)
+
     @functools.cached_property
     def _rows_of_shape(self):
-        rows = {}
-        for row, shape in enumerate(self.latent_shapes):
-            rows.setdefault(shape, []).append(row)
-        return {shape: np.array(members) for shape, members in rows.items()}
+        shapes, members, counts = np.unique(
+            self.latent_shapes, axis=0, return_inverse=True, return_counts=True
+        )
+        rows = np.split(np.argsort(members.ravel(), kind="stable"), np.cumsum(counts)[:-1])
+        return {tuple(shape): own for shape, own in zip(shapes.tolist(), rows, strict=True)}
 
     def _reject(self, row, reason):
         self._damaged.add(row)
@@ -286,13 +291,8 @@ class LatentReader:
 
 
 def as_stored(contexts):
-    """Text features [L, width] by encoder as a shard keeps them: float16."""
+    """Text features [L, width] by encoder as a shard keeps them and a reader returns them: float16."""
     return {name: np.asarray(features, np.float16) for name, features in contexts.items()}
-
-
-def as_read(contexts):
-    """Features as `LatentReader` returns them: float32, rounded as stored."""
-    return {name: features.astype(np.float32) for name, features in contexts.items()}
 
 
 def _read_index(folder):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from nemo_moviegen.data.latents import LatentSample, as_read, as_stored
+from nemo_moviegen.data.latents import LatentSample, as_stored
 from nemo_moviegen.prompts import with_fps
 
 
@@ -18,6 +18,8 @@ class OnlineText:
 
     def __init__(self, reader, encoders):
         self.reader, self.encoders = reader, encoders
+        self.statistics = reader.statistics
+        """As `LatentReader.statistics`."""
         self.empty_prompt = self._encode([""])[0]
         """As `LatentReader.empty_prompt`."""
 
@@ -29,7 +31,7 @@ class OnlineText:
 
     def _encode(self, prompts):
         with np.errstate(over="ignore"):  # named below
-            features = [as_read(as_stored(contexts)) for contexts in self.encoders.encode(prompts)]
+            features = [as_stored(contexts) for contexts in self.encoders.encode(prompts)]
         for prompt, contexts in zip(prompts, features, strict=True):
             for name, features_LD in contexts.items():
                 if not np.isfinite(features_LD).all():

@@ -40,6 +40,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
                     size.contexts,
                     latent_channels=size.input_channels,
                     token_limits=self.recipe.data.token_limits,
+                    statistics=self.reader.statistics,
                 )
 
     def _drop_prompt(self, sample, epoch):
@@ -72,7 +73,7 @@ class LatentDataModule(pl.LightningDataModule):
 
     def largest_shape(self):
         """Latent (T, H, W) with most tokens; ValueError where a shape does not fit model or layout."""
-        shapes = set(self.reader.latent_shapes)
+        shapes = self.reader.distinct_shapes
         for shape in shapes:
             self.recipe.check_tokens(shape)
         return max(shapes, key=self.recipe.size.num_tokens)

@@ -92,7 +92,7 @@ class SkipBadSteps(pl.Callback):
     def _skipped(self, step):
         rows, _ = self.data.order.batch(step - 1)
         return {
-            "sample_ids": [self.data.reader.sample_ids[row] for row in rows],
+            "sample_ids": self.data.reader.sample_ids[rows].tolist(),
             "loss": self.loss,
             "grad_norm": self.grad_norm,
             "reason": self.reason,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
@@ -100,6 +101,7 @@ class ValidationLoss(pl.Callback):
             self.recipe.size.contexts,
             latent_channels=self.recipe.size.input_channels,
             token_limits=self.recipe.data.token_limits,
+            statistics=self.reader.statistics,
         ).to(torch.cuda.current_device(), module.data_dtype)
         x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
         velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
@@ -123,25 +125,26 @@ def heldout_reader(recipe) -> LatentReader:
         reader = LatentReader(folder, skip_damaged=True, quarantine=Path(recipe.output) / "quarantine.jsonl")
     except ValueError as error:
         raise ValueError(f"{error}; or set validation.folder, or validation.every=0") from None
-    for shape in {reader.latent_shapes[row] for row in _trained_kinds(reader, recipe)}:
-        recipe.check_tokens(shape)
+    for shape in np.unique(reader.latent_shapes[_trained_kinds(reader, recipe)], axis=0).tolist():
+        recipe.check_tokens(tuple(shape))
     return reader
 
 
 def evaluations(reader, recipe) -> list[Evaluation]:
     """What is evaluated, sorted by shape: within one the parts of time take turns, so all get as many."""
     validation = recipe.validation
-    first = sorted(_trained_kinds(reader, recipe), key=lambda row: reader.sample_ids[row])
-    first = first[: validation.num_samples]
-    first.sort(key=lambda row: (reader.latent_shapes[row], reader.sample_ids[row]))
+    rows = _trained_kinds(reader, recipe)
+    rows = rows[np.argsort(reader.sample_ids[rows])][: validation.num_samples]
+    first = [(tuple(reader.latent_shapes[row].tolist()), int(row)) for row in rows]
+    first.sort(key=lambda pair: pair[0])  # stable: by sample id within a shape
     return [
         Evaluation(
             row=row,
-            shape=reader.latent_shapes[row],
+            shape=shape,
             number=number,
             time_bin=(place + number * NUM_BINS // validation.times_per_sample) % NUM_BINS,
         )
-        for place, row in enumerate(first)
+        for place, (shape, row) in enumerate(first)
         for number in range(validation.times_per_sample)
     ]
 
@@ -183,10 +186,10 @@ def fixed_pair(batch, time_bins, seed):
 def _trained_kinds(reader, recipe):
     """Rows of images and clips, as far as the run trains on them; ValueError where there are none."""
     image_every = recipe.data.image_every
-    wanted = {True: image_every > 0, False: image_every != 1}
-    rows = [row for row, (frames, *_) in enumerate(reader.latent_shapes) if wanted[frames == 1]]
-    if not rows:
-        kind = "images" if wanted[True] else "clips"
+    frames_N = reader.latent_shapes[:, 0]
+    rows = np.flatnonzero(np.where(frames_N == 1, image_every > 0, image_every != 1))
+    if not len(rows):
+        kind = "images" if image_every > 0 else "clips"
         raise ValueError(
             f"{reader.folder} holds no {kind}, which {recipe.name} trains on (data.image_every="
             f"{image_every}): run `moviegen encode` on a manifest with {kind} of the split heldout, set "

@@ -127,9 +127,9 @@ def _plain_loss(run_folder, latents):
     reader = LatentReader(heldout_folder(latents))
     ids, shapes = reader.sample_ids, reader.latent_shapes
     loss = tokens = 0
-    for place, row in enumerate(sorted(range(len(reader)), key=lambda r: (shapes[r], ids[r]))):
+    for place, row in enumerate(sorted(range(len(reader)), key=lambda r: (*shapes[r], ids[r]))):
         sample = reader[row]
-        batch = collate([sample], [0], run.size.contexts, dtype=torch.float64)
+        batch = collate([sample], [0], run.size.contexts, dtype=torch.float64, statistics=reader.statistics)
         data = batch.latent_BTCHW[0]
         for number, offset in enumerate((0, 2, 5)):  # thirds of eight parts of time
             keys = (run.seed, sample.sample_id, number)
