@@ -115,8 +115,10 @@ class Clips(Sequence):
 
     def __iter__(self):
         for batch in self.table.to_batches(max_chunksize=4096):
-            for row in batch.to_pylist():
-                yield Clip(**row)
+            # twice as fast as pyarrow's to_pylist
+            columns = [column.to_numpy(zero_copy_only=False).tolist() for column in batch.columns]
+            for values in zip(*columns, strict=True):
+                yield Clip(**dict(zip(self.table.column_names, values, strict=True)))
 
     def __add__(self, clips):
         import pyarrow as pa
