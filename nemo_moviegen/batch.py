@@ -44,3 +44,33 @@ class VideoBatch:
             sample_ids=self.sample_ids.to(device),
             epochs=self.epochs.to(device),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedVideoBatch:
+    """N clips of any shapes with their prompts: what a model takes as one sequence, a clip after the other.
+
+    Each keeps its own time, positions and prompt and sees only itself, so a pack trains as its clips would
+    in micro-batches of their own.
+    """
+
+    latents: tuple[torch.Tensor, ...]
+    """Normalised TAE latents [T, C, H, W] of each clip; T = 1 is an image."""
+    contexts: tuple[torch.Tensor, ...]
+    """Features [N, L, width] of each text encoder, as in a `VideoBatch`."""
+    masks: tuple[torch.Tensor, ...]
+    """Bool [N, L] for each encoder: True where a token is real."""
+    sample_ids: torch.Tensor
+    """int64 [N], unique in the data set: what noise and time are keyed by."""
+    epochs: torch.Tensor
+    """int64 [N]: how often the sample was seen before."""
+
+    def to(self, device, dtype=None) -> "PackedVideoBatch":
+        """The pack on `device`, its floating-point tensors as `dtype` where given."""
+        return PackedVideoBatch(
+            latents=tuple(latent_TCHW.to(device, dtype) for latent_TCHW in self.latents),
+            contexts=tuple(c.to(device, dtype) for c in self.contexts),
+            masks=tuple(m.to(device) for m in self.masks),
+            sample_ids=self.sample_ids.to(device),
+            epochs=self.epochs.to(device),
+        )

@@ -1,9 +1,10 @@
-"""Samples of one shape to one `VideoBatch`: stacked latents, padded text features and their masks."""
+"""Samples of one shape to a `VideoBatch`, or of any shapes to a `PackedVideoBatch`: latents, padded text
+features and their masks."""
 
 import numpy as np
 import torch
 
-from nemo_moviegen.batch import VideoBatch
+from nemo_moviegen.batch import PackedVideoBatch, VideoBatch
 
 
 def collate(
@@ -27,21 +28,48 @@ def collate(
     """
     if pad not in ("longest", "max"):
         raise ValueError(f"pad is {pad!r}; use longest or max")
-    if not samples or len(samples) != len(epochs):
-        raise ValueError(
-            f"{len(samples)} samples and {len(epochs)} epochs: a batch needs one epoch for each sample"
-        )
-    _check_latents(samples, latent_channels)
+    _check_epochs(samples, epochs)
+    _check_shapes(samples)
+    _check_channels(samples[:1], latent_channels)
+    return VideoBatch(
+        latent_BTCHW=stack_latents(samples, statistics).to(dtype),
+        **_text_and_keys(samples, epochs, context_sizes, dtype, pad, token_limits),
+    )
+
+
+def collate_packed(
+    samples,
+    epochs,
+    context_sizes,
+    dtype=torch.float32,
+    *,
+    latent_channels=None,
+    token_limits=None,
+    statistics=None,
+) -> PackedVideoBatch:
+    """The samples, of any shapes, as one pack in their order; text padded to the longest prompt of the pack.
+
+    Everything else as `collate`: latents stay apart, none is padded. ValueError as there, but for shapes.
+    """
+    _check_epochs(samples, epochs)
+    _check_channels(samples, latent_channels)
+    return PackedVideoBatch(
+        latents=tuple(stack_latents([sample], statistics)[0].to(dtype) for sample in samples),
+        **_text_and_keys(samples, epochs, context_sizes, dtype, "longest", token_limits),
+    )
+
+
+def _text_and_keys(samples, epochs, context_sizes, dtype, pad, token_limits):
+    """The fields that a batch and a pack have in common."""
     limits = [token_limits.of(size) if token_limits else size.max_tokens for size in context_sizes]
     padded = [_pad(samples, size, limit, pad) for size, limit in zip(context_sizes, limits, strict=True)]
     _check_text(samples, [mask_BL for _, mask_BL in padded])
-    return VideoBatch(
-        latent_BTCHW=stack_latents(samples, statistics).to(dtype),
-        contexts=tuple(torch.from_numpy(features_BLD).to(dtype) for features_BLD, _ in padded),
-        masks=tuple(torch.from_numpy(mask_BL) for _, mask_BL in padded),
-        sample_ids=torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
-        epochs=torch.tensor(epochs, dtype=torch.int64),
-    )
+    return {
+        "contexts": tuple(torch.from_numpy(features_BLD).to(dtype) for features_BLD, _ in padded),
+        "masks": tuple(torch.from_numpy(mask_BL) for _, mask_BL in padded),
+        "sample_ids": torch.tensor([sample.sample_id for sample in samples], dtype=torch.int64),
+        "epochs": torch.tensor(epochs, dtype=torch.int64),
+    }
 
 
 def stack_latents(samples, statistics=None):
@@ -57,7 +85,14 @@ def stack_latents(samples, statistics=None):
     return latent_BTCHW
 
 
-def _check_latents(samples, latent_channels):
+def _check_epochs(samples, epochs):
+    if not samples or len(samples) != len(epochs):
+        raise ValueError(
+            f"{len(samples)} samples and {len(epochs)} epochs: a batch needs one epoch for each sample"
+        )
+
+
+def _check_shapes(samples):
     first = samples[0]
     for sample in samples:
         if sample.latent_TCHW.shape != first.latent_TCHW.shape:
@@ -65,12 +100,16 @@ def _check_latents(samples, latent_channels):
                 f"{sample.clip_id} has latents {sample.latent_TCHW.shape}, "
                 f"{first.clip_id} {first.latent_TCHW.shape}: a batch takes one shape, see BatchOrder"
             )
-    channels = first.latent_TCHW.shape[1]
-    if latent_channels is not None and channels != latent_channels:
-        raise ValueError(
-            f"{first.clip_id} has {channels} latent channels, the model takes {latent_channels}: "
-            f"set size.input_channels={channels} size.output_channels={channels}, or encode again"
-        )
+
+
+def _check_channels(samples, latent_channels):
+    for sample in samples:
+        channels = sample.latent_TCHW.shape[1]
+        if latent_channels is not None and channels != latent_channels:
+            raise ValueError(
+                f"{sample.clip_id} has {channels} latent channels, the model takes {latent_channels}: "
+                f"set size.input_channels={channels} size.output_channels={channels}, or encode again"
+            )
 
 
 def _check_text(samples, masks):

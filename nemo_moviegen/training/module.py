@@ -51,9 +51,9 @@ class FlowMatchingModule(pl.LightningModule):
         return batch.to(torch.cuda.current_device(), self.data_dtype)
 
     def training_step(self, batch, batch_idx=None):
-        """(velocity tokens of this rank, whole velocity target) of one micro-batch."""
-        x_BTCHW, target_BTCHW, t_B = noisy_pair(batch, self.recipe.seed)
-        return self.module(x_BTCHW, t_B, batch.contexts, batch.masks), target_BTCHW
+        """(velocity tokens of this rank, whole velocity target) of a `VideoBatch` or `PackedVideoBatch`."""
+        x, target, t_B = noisy_pair(batch, self.recipe.seed)
+        return self.module(x, t_B, batch.contexts, batch.masks), target
 
     @property
     def loss_reduction(self):
@@ -68,8 +68,8 @@ class FlowMatchingLoss(MegatronLossReduction):
         self.config = config
 
     def forward(self, batch, outputs):
-        velocity_SBX, target_BTCHW = outputs
-        loss = token_loss(velocity_SBX, target_BTCHW, self.config)
+        velocity_SBX, target = outputs
+        loss = token_loss(velocity_SBX, target, self.config)
         return loss.loss_sum, loss.num_tokens, loss.sums
 
     def reduce(self, losses_reduced_per_micro_batch):

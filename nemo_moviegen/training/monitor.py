@@ -9,7 +9,7 @@ sample ids, epochs, noise                         the tensor and context ranks o
 sample ids with their epochs                      no two copies
 loss, gradient norm, steps skipped                all ranks
 
-One all-reduce of a few KB tells every rank whether all of it holds. Where something does not, a second
+Two all-reduces of a few KB tell every rank whether all of it holds. Where something does not, another
 collective brings what each rank has, so every rank draws up the same report and raises it: none waits.
 """
 
@@ -28,6 +28,7 @@ EMPTY = torch.iinfo(torch.int64).min
 _CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements widened to int64 at once: what a cache holds; 128 MiB
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MOST_NAMED = 4
+_NO_SAMPLE = (-1, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +87,16 @@ class Monitor(pl.Callback):
     def on_megatron_microbatch_end(self, batch, output):
         """NeMo's event after a forward pass; `output` is what the module's training step returned."""
         if self.due:
-            _, target_BTCHW = output
+            _, target = output
             self.batches.append(torch.stack((batch.sample_ids, batch.epochs), dim=1))
-            self.noise.append(checksum(target_BTCHW))
+            of_clips = target if isinstance(target, tuple) else (target,)  # of a pack, one a clip
+            self.noise += [checksum(part) for part in of_clips]
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if self.due:
             self.due = False
             parameters = parameters_of(module, self.recipe.layout)
-            compare(self.report(module), parameters, self.recipe.global_batch, trainer.global_step)
+            compare(self.report(module), parameters, trainer.global_step)
 
     def report(self, module) -> RankReport:
         """This rank's, of the step that has just ended."""
@@ -142,9 +144,9 @@ def parameters_of(module, layout) -> list[Parameter]:
     ]
 
 
-def compare(report, parameters, global_batch, step):
+def compare(report, parameters, step):
     """Collective: RuntimeError on all ranks where the `RankReport` of one does not fit the others'."""
-    if all_agree(report, parameters, global_batch):
+    if all_agree(report, parameters):
         return
     reports = [None] * dist.get_world_size()
     dist.all_gather_object(reports, report)
@@ -157,7 +159,7 @@ def compare(report, parameters, global_batch, step):
     )
 
 
-def all_agree(report, parameters, global_batch) -> bool:
+def all_agree(report, parameters) -> bool:
     """Collective: whether the reports of all ranks fit each other, the same answer everywhere.
 
     Every fact has its place in a vector of int64 that the ranks fill which must agree on it: they do where
@@ -166,8 +168,11 @@ def all_agree(report, parameters, global_batch) -> bool:
     tensor = parallel_state.get_tensor_model_parallel_world_size()
     context = parallel_state.get_context_parallel_world_size()
     copies = parallel_state.get_data_parallel_world_size()
-    # a rank that took too few samples or too many must not bring a vector of another length
-    samples = (*report.samples, *[(-1, -1)] * global_batch)[: global_batch // copies]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # packs of a step may hold more samples on one copy than on another, and the vectors must be of one length
+    most = torch.tensor(len(report.samples), device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    samples = (*report.samples, *[_NO_SAMPLE] * (int(most) - len(report.samples)))
     samples = [number for sample in samples for number in sample]
     piece = report.data * context + report.context
     own = torch.cat(
@@ -179,13 +184,12 @@ def all_agree(report, parameters, global_batch) -> bool:
         )
     )
     negated = torch.where(own == EMPTY, EMPTY, ~own)  # ~ turns the order round
-    both = torch.cat((own, negated, own.new_tensor([report.has_stand_ins])))
-    both = both.to("cuda" if torch.cuda.is_available() else "cpu")
+    both = torch.cat((own, negated, own.new_tensor([report.has_stand_ins]))).to(device)
     dist.all_reduce(both, op=dist.ReduceOp.MAX)
     both, has_stand_ins = both[:-1].cpu(), bool(both[-1])
     highest, lowest = both[: own.numel()], ~both[own.numel() :]
     samples = highest[: copies * (1 + len(samples))].view(copies, -1)[:, 1:].reshape(copies, -1, 2)
-    by_copy = {copy: [tuple(sample) for sample in row] for copy, row in enumerate(samples.tolist())}
+    by_copy = {copy: set(map(tuple, row)) - {_NO_SAMPLE} for copy, row in enumerate(samples.tolist())}
     return bool((highest == lowest).all()) and not (
         _in_two_copies(by_copy, has_stand_ins) or _applied_a_bad_norm(report)
     )

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from nemo_moviegen import flow
-from nemo_moviegen.video.embeddings import patchify
-from nemo_moviegen.video.parallel import split_tokens, sum_over_token_ranks
+from nemo_moviegen.batch import PackedVideoBatch
+from nemo_moviegen.video.model import own_tokens
+from nemo_moviegen.video.parallel import sum_over_token_ranks
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,40 @@ class TokenLoss:
 def noisy_pair(batch, seed):
     """(x_t, velocity target, t) of a `VideoBatch`: whole latents, the same on all ranks that share samples.
 
-    x_t and the target have the latents' dtype; t is fp64 in (0, 1), 0 being noise.
+    x_t and the target have the latents' dtype; t is fp64 in (0, 1), 0 being noise. Of a `PackedVideoBatch`
+    they are tuples of a [T, C, H, W] for each clip: a clip has the noise and the time it has in a batch.
     """
-    latent_BTCHW = batch.latent_BTCHW
+    if not isinstance(batch, PackedVideoBatch):
+        return _noisy_latents(batch.latent_BTCHW, batch.sample_ids, batch.epochs, seed)
+    keys = zip(batch.latents, batch.sample_ids.split(1), batch.epochs.split(1), strict=True)
+    clips = [_noisy_latents(latent.unsqueeze(0), *key, seed) for latent, *key in keys]
+    x, target, t = zip(*clips, strict=True)
+    return tuple(of_clip[0] for of_clip in x), tuple(of_clip[0] for of_clip in target), torch.cat(t)
+
+
+def _noisy_latents(latent_BTCHW, sample_ids, epochs, seed):
     device, dtype = latent_BTCHW.device, latent_BTCHW.dtype
-    noise_BTCHW = flow.draw_noise(latent_BTCHW.shape[1:], seed, batch.sample_ids, batch.epochs, dtype).to(
-        device
-    )
-    t_B = flow.draw_time(seed, batch.sample_ids, batch.epochs, torch.float64).to(device)
+    noise_BTCHW = flow.draw_noise(latent_BTCHW.shape[1:], seed, sample_ids, epochs, dtype).to(device)
+    t_B = flow.draw_time(seed, sample_ids, epochs, torch.float64).to(device)
     x_BTCHW = flow.interpolate(noise_BTCHW, latent_BTCHW, t_B.to(dtype))
     return x_BTCHW, flow.velocity_target(noise_BTCHW, latent_BTCHW), t_B
 
 
-def token_errors(velocity_SBX, target_BTCHW, config):
-    """Squared error of each token of this rank [S/cp/sp, B], the mean over its channels."""
-    target_SBX = split_tokens(patchify(target_BTCHW, config.size), config)
+def token_errors(velocity_SBX, target, config):
+    """Squared error of each token of this rank [S/cp/sp, B], the mean over its channels.
+
+    `target` is [B, T, C, H, W], or of a pack (whose B is 1) a tuple of [T, C, H, W].
+    """
+    target_SBX, _ = own_tokens(target, config)
     return (velocity_SBX.to(target_SBX.dtype) - target_SBX).square().mean(dim=-1)
 
 
-def token_loss(velocity_SBX, target_BTCHW, config) -> TokenLoss:
-    """Loss of this rank's velocity tokens [S/cp/sp, B, X] against the whole target."""
-    error_SB = token_errors(velocity_SBX, target_BTCHW, config)
+def token_loss(velocity_SBX, target, config) -> TokenLoss:
+    """Loss of this rank's velocity tokens [S/cp/sp, B, X] against the whole target.
+
+    A sum over tokens, so a pack adds what its clips add one by one.
+    """
+    error_SB = token_errors(velocity_SBX, target, config)
     loss_sum, own_tokens = error_SB.sum(), error_SB.numel()
     shared_by = config.tensor_model_parallel_size if config.sequence_parallel else 1
     return TokenLoss(

@@ -27,6 +27,11 @@ def unpatchify(tokens_SBX, latent_shape, size):
     return patches.permute(3, 0, 4, 7, 1, 5, 2, 6).reshape(-1, T, C, H, W)
 
 
+def patchify_pack(latents, size):
+    """Tokens [S, 1, patch width] of latents [T, C, H, W] of any shapes, one clip after the other."""
+    return torch.cat([patchify(latent_TCHW.unsqueeze(0), size) for latent_TCHW in latents])
+
+
 class FactorizedPositions(nn.Module):
     """Three learned tables whose rows are summed for a token's frame, row and column (NaViT; s3.1.3)."""
 

@@ -10,6 +10,7 @@ else.
 """
 
 import copy
+import functools
 
 import torch
 from megatron.core import tensor_parallel
@@ -35,7 +36,7 @@ NUM_MODULATIONS = 6
 
 
 def pack_conditioning(modulation_6BD, context_LBD):
-    """What the layers need beside tokens, as one tensor [6 + L, B, D].
+    """What the layers need beside tokens, as one tensor [6 + L, B, D]. B clips also where they are a pack.
 
     `TransformerBlock.forward` hands its layers `context` and recomputes through it, and has no free argument.
     """
@@ -47,6 +48,23 @@ def unpack_conditioning(conditioning):
     return conditioning[:NUM_MODULATIONS], conditioning[NUM_MODULATIONS:]
 
 
+def scale_and_shift(tokens, scale, shift):
+    """adaLN: what a norm gives, scaled and shifted by the time of its clip."""
+    return tokens * (1 + scale) + shift
+
+
+def with_vectors_of_clip(function, tokens_SBD, *vectors_BD, pack=None):
+    """function(tokens, *vectors), each token with the vectors [D] of its clip.
+
+    In a pack tokens are [S, 1, D] of clips one after the other: cut, computed and joined. To look the vectors
+    up for every token would keep as much as the tokens take, and sum gradients in no fixed order on a GPU.
+    """
+    if pack is None:
+        return function(tokens_SBD, *vectors_BD)
+    clips = zip(tokens_SBD.split(pack.own_lengths), *vectors_BD, strict=True)
+    return torch.cat([function(*tokens_and_vectors) for tokens_and_vectors in clips])
+
+
 class VideoLayer(TransformerLayer):
     """One layer. Positions travel as `rotary_pos_emb`: an argument for positions; none are rotary here."""
 
@@ -56,32 +74,52 @@ class VideoLayer(TransformerLayer):
         self.modulation_bias = nn.Parameter(torch.zeros(NUM_MODULATIONS, config.hidden_size, dtype=dtype))
         sum_gradient_over_sequence_ranks([self.modulation_bias], config)
 
-    def forward(self, hidden_states, attention_mask, context, context_mask, rotary_pos_emb, **_):
+    def forward(
+        self,
+        hidden_states,
+        attention_mask,
+        context,
+        context_mask,
+        rotary_pos_emb,
+        packed_seq_params=None,
+        **_,
+    ):
         """Tokens [S/cp/sp, B, D], `context` from `pack_conditioning`, `context_mask` bool [B, L],
-        `rotary_pos_emb` the positions [S/cp/sp, 1, D] -> tokens and the unchanged conditioning."""
+        `rotary_pos_emb` the positions [S/cp/sp, 1, D] -> tokens and the unchanged conditioning.
+
+        With a `Pack` as `packed_seq_params`, tokens are [S/cp/sp, 1, D] of B clips.
+        """
         modulation_6BD, text_LBD = unpack_conditioning(context)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD + self.modulation_bias.unsqueeze(1)
+        pack = packed_seq_params
+        of_clip = functools.partial(with_vectors_of_clip, pack=pack)
 
         hidden = hidden_states + rotary_pos_emb
         attended, _ = self.self_attention(
-            self.input_layernorm(hidden) * (1 + scale1) + shift1, attention_mask=None
+            of_clip(scale_and_shift, self.input_layernorm(hidden), scale1, shift1),
+            attention_mask=None,
+            packed_seq_params=pack,
         )
-        hidden = hidden + gate1 * attended
+        hidden = hidden + of_clip(torch.mul, attended, gate1)
         from_text, _ = self.cross_attention(
-            self.pre_cross_attn_layernorm(hidden), attention_mask=context_mask, key_value_states=text_LBD
+            self.pre_cross_attn_layernorm(hidden),
+            attention_mask=context_mask,
+            key_value_states=text_LBD,
+            packed_seq_params=pack,
         )
         hidden = hidden + from_text
+        feed_forward = functools.partial(self._feed_forward, of_clip)
         if self.recompute_mlp:
-            branch = tensor_parallel.checkpoint(self._feed_forward, False, hidden, shift2, scale2, gate2)
+            branch = tensor_parallel.checkpoint(feed_forward, False, hidden, shift2, scale2, gate2)
         else:
-            branch = self._feed_forward(hidden, shift2, scale2, gate2)
+            branch = feed_forward(hidden, shift2, scale2, gate2)
         return hidden + branch, context
 
-    def _feed_forward(self, hidden, shift, scale, gate):
+    def _feed_forward(self, of_clip, hidden, shift, scale, gate):
         """The branch that `recompute = selective` computes again: its ffn-wide activations are the largest of
         a layer, and beside attention over 73K tokens its FLOPs are few."""
-        mixed, _ = self.mlp(self.pre_mlp_layernorm(hidden) * (1 + scale) + shift)
-        return gate * mixed
+        mixed, _ = self.mlp(of_clip(scale_and_shift, self.pre_mlp_layernorm(hidden), scale, shift))
+        return of_clip(torch.mul, mixed, gate)
 
 
 class RMSNorm(nn.Module):

@@ -6,6 +6,9 @@
     UL2, MetaCLIP, ByT5 -> projections --------+ (cross-attention)
 
 B clips, T C H W latent axes, S tokens, D model width, L text tokens.
+
+Clips of one shape are a batch [B, T, C, H, W]; clips of any shapes are a pack, a tuple of [T, C, H, W]: one
+sequence [S, 1, D] of all their tokens, in which each clip keeps its own positions, time and text.
 """
 
 from dataclasses import dataclass, field
@@ -24,10 +27,16 @@ from nemo_moviegen.video.embeddings import (
     SharedModulation,
     TimeEmbedding,
     patchify,
+    patchify_pack,
     unpatchify,
 )
 from nemo_moviegen.video.layer import local_spec, pack_conditioning, transformer_engine_spec
-from nemo_moviegen.video.parallel import gather_tokens, split_tokens, sum_gradient_over_sequence_ranks
+from nemo_moviegen.video.parallel import (
+    gather_tokens,
+    pack_of,
+    split_tokens,
+    sum_gradient_over_sequence_ranks,
+)
 from nemo_moviegen.video.weights import draw_weights, mark_cut_weights, part_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -103,6 +112,23 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
     )
 
 
+def own_tokens(latents, config):
+    """Tokens [S/cp/sp, B, patch width] of this rank, and their `Pack`: None for a batch [B, T, C, H, W]."""
+    if isinstance(latents, torch.Tensor):
+        return split_tokens(patchify(latents, config.size), config), None
+    tokens_S1X = patchify_pack(latents, config.size)
+    lengths = [config.size.num_tokens(shape) for shape in latent_shapes(latents)]
+    pack = pack_of(lengths, config, tokens_S1X.device)
+    return split_tokens(tokens_S1X, config, pack), pack
+
+
+def latent_shapes(latents) -> list[tuple[int, int, int]]:
+    """(T, H, W) of each clip of a pack, or that of a batch: one, whatever it holds."""
+    if isinstance(latents, torch.Tensor):
+        return [(latents.shape[1], *latents.shape[3:])]
+    return [(latent_TCHW.shape[0], *latent_TCHW.shape[2:]) for latent_TCHW in latents]
+
+
 class VideoTransformer(MegatronModule):
     """u(x_t, prompt, t) of eq. 2. Build it after megatron's process groups exist.
 
@@ -135,22 +161,19 @@ class VideoTransformer(MegatronModule):
         """Megatron's schedules hand the previous pipeline stage's output here; there is one stage."""
         self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
-    def forward(self, x_BTCHW, t_B, contexts, masks):
+    def forward(self, x, t_B, contexts, masks):
         """Velocity tokens of this rank, [S/cp/sp, B, output patch width], in `patchify`'s order.
 
-        `t_B` in [0, 1] (0 is noise) should be fp64: Megatron rounds fp32 arguments to bf16. `contexts` and
-        `masks` hold one [B, L_i, width_i] and one bool [B, L_i] per text encoder. ValueError for shapes the
-        model can not take.
+        `x` is a batch [B, T, C, H, W] or a pack, a tuple of B latents [T, C, H, W], whose velocity is
+        [S/cp/sp, 1, output patch width]. `t_B` in [0, 1] (0 is noise) should be fp64: Megatron rounds fp32
+        arguments to bf16. `contexts` and `masks` hold one [B, L_i, width_i] and one bool [B, L_i] per text
+        encoder. ValueError for shapes the model can not take.
         """
-        if x_BTCHW.dim() != 5 or x_BTCHW.shape[2] != self.size.input_channels:
-            raise ValueError(
-                f"latents are {tuple(x_BTCHW.shape)}; "
-                f"{self.size.name} takes [B, T, {self.size.input_channels}, H, W]"
-            )
+        self._check(x, t_B)
         dtype = self.patch_embedding.weight.dtype
-        latent_shape = (x_BTCHW.shape[1], *x_BTCHW.shape[3:])
-        own_patches = split_tokens(patchify(x_BTCHW, self.size), self.config)  # [S/cp/sp, B, patch]
-        own_indices = split_tokens(self.positions.token_indices(latent_shape), self.config)
+        own_patches, pack = own_tokens(x, self.config)  # [S/cp/sp, B, patch]
+        indices_S3 = torch.cat([self.positions.token_indices(shape) for shape in latent_shapes(x)])
+        own_indices = split_tokens(indices_S3, self.config, pack)
         context_LBD, mask_BL = self.context_projections(tuple(c.to(dtype) for c in contexts), masks)
         modulation_6BD = self.modulation(self.time_embedding(t_B))
         hidden_SBD = self.decoder(
@@ -159,8 +182,28 @@ class VideoTransformer(MegatronModule):
             context=pack_conditioning(modulation_6BD, context_LBD),
             context_mask=mask_BL,
             rotary_pos_emb=self.positions(own_indices),
+            packed_seq_params=pack,
         )
         return self.head(hidden_SBD)
+
+    def _check(self, x, t_B):
+        channels = self.size.input_channels
+        if isinstance(x, torch.Tensor):
+            if x.dim() != 5 or x.shape[2] != channels:
+                raise ValueError(
+                    f"latents are {tuple(x.shape)}; {self.size.name} takes [B, T, {channels}, H, W]"
+                )
+            return
+        for latent in x:
+            if latent.dim() != 4 or latent.shape[1] != channels:
+                raise ValueError(
+                    f"a latent of a pack is {tuple(latent.shape)}; {self.size.name} takes "
+                    f"[T, {channels}, H, W]"
+                )
+        if t_B.shape != (len(x),):
+            raise ValueError(
+                f"{tuple(t_B.shape)} times for a pack of {len(x)} clips: pass a time for each, t_B"
+            )
 
     @torch.no_grad()
     def velocity(self, x_BTCHW, t_B, contexts, masks):

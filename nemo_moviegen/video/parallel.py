@@ -7,6 +7,9 @@ A clip of S tokens is cut into context-parallel (cp) pieces, each of those into 
     tp rank  |    0     |    1      |    0     |    1      |      with sequence parallelism
              |        0 and 1       |        0 and 1       |      without
 
+A pack (clips one after the other as one sequence) is cut clip by clip, so that each cp rank has as many
+queries of a long clip as any other: attention costs a clip the square of its length. See `Pack`.
+
 What happens to the gradient of each group of parameters (p: reduced by Megatron after the backward pass):
 
     parameters                           held by tp        reduced over tp            over cp and dp
@@ -23,27 +26,103 @@ ranks. Text keys and values stay whole on every cp rank: odd lengths need no pad
 (s3.1.6).
 """
 
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 
 
-def split_tokens(tokens_SBX, config):
-    """The tokens of this rank, [S/cp/sp, B, X]; ValueError if S does not divide. Moves no data."""
+@dataclass(kw_only=True)
+class Pack(PackedSeqParams):
+    """Where the clips of a packed sequence lie. Megatron hands it to the layers and to Transformer Engine.
+
+        clip order    | clip 0 ............ | clip 1 .... |
+        rank order    | first halves of 0, 1 | second halves of 0, 1 |      with two cp ranks
+                      |      cp rank 0       |       cp rank 1       |
+
+    The fields of megatron's class say the same of whole clips in the "thd" format. Build it with `pack_of`.
+    """
+
+    lengths: tuple[int, ...]
+    """Tokens of each clip."""
+    context_lengths: tuple[int, ...]
+    """Of them, those of this context rank."""
+    own_lengths: tuple[int, ...]
+    """Of those, the ones sequence parallelism leaves this rank; 0 for clips it has nothing of."""
+    rank_order: torch.Tensor | None
+    """int64 [S]: clip-order numbers of the tokens in rank order; None for one context rank: no difference."""
+    clip_order: torch.Tensor | None
+    """Its inverse."""
+
+    def by_rank(self, tokens_SX):
+        """Tokens in rank order from all tokens in clip order."""
+        return tokens_SX if self.rank_order is None else tokens_SX.index_select(0, self.rank_order)
+
+    def by_clip(self, tokens_SX, into=None):
+        """Tokens in clip order from all tokens in rank order; written to `into` where given."""
+        if self.clip_order is None:
+            return tokens_SX
+        return torch.index_select(tokens_SX, 0, self.clip_order, out=into)
+
+
+def pack_of(lengths, config, device="cpu") -> Pack:
+    """The `Pack` of clips with so many tokens each, on this rank, its tensors on `device`.
+
+    ValueError where a clip does not divide over the context ranks, or what is left over the sequence ranks.
+    """
     pieces, index = _pieces(config)
-    num_tokens = tokens_SBX.shape[0]
-    if num_tokens % pieces:
-        raise ValueError(
-            f"{num_tokens} tokens do not split over context parallel {config.context_parallel_size} x "
-            f"sequence parallel {pieces // config.context_parallel_size}: "
-            f"use a bucket whose tokens divide by {pieces}"
-        )
-    length = num_tokens // pieces
+    context = config.context_parallel_size
+    for length in lengths:
+        if length % context:
+            raise ValueError(
+                f"a clip of {length} tokens in a pack does not split over context parallel {context}: "
+                f"use buckets whose tokens divide by {context}"
+            )
+    context_lengths = tuple(length // context for length in lengths)
+    _check_split(sum(lengths), pieces, context)
+    own = sum(lengths) // pieces
+    first = index % (pieces // context) * own
+    ends = (0, *accumulate(context_lengths))
+    rank_order = clip_order = None
+    if context > 1:
+        cut = torch.arange(sum(lengths)).split([length for length in context_lengths for _ in range(context)])
+        rank_order = torch.cat([part for rank in range(context) for part in cut[rank::context]])
+        rank_order, clip_order = rank_order.to(device), rank_order.argsort().to(device)
+    starts = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=device)
+    padded = starts if context > 1 else None  # Transformer Engine asks for it there, and nowhere else
+    return Pack(
+        qkv_format="thd",
+        cu_seqlens_q=starts,
+        cu_seqlens_kv=starts,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        lengths=tuple(lengths),
+        context_lengths=context_lengths,
+        own_lengths=tuple(max(0, min(end, first + own) - max(start, first)) for start, end in pairwise(ends)),
+        rank_order=rank_order,
+        clip_order=clip_order,
+    )
+
+
+def split_tokens(tokens_SBX, config, pack=None):
+    """The tokens of this rank, [S/cp/sp, B, X]; ValueError if S does not divide.
+
+    With a `Pack`, tokens of all its clips in clip order. Without one, moves no data.
+    """
+    pieces, index = _pieces(config)
+    _check_split(tokens_SBX.shape[0], pieces, config.context_parallel_size)
+    if pack is not None:
+        tokens_SBX = pack.by_rank(tokens_SBX)
+    length = tokens_SBX.shape[0] // pieces
     return tokens_SBX[index * length : (index + 1) * length]
 
 
-def gather_tokens(tokens_SBX, config):
+def gather_tokens(tokens_SBX, config, pack=None):
     """All S tokens on every rank from [S/cp/sp, B, X], for sampling: carries no gradient."""
     with torch.no_grad():
         if config.sequence_parallel:
@@ -56,7 +135,7 @@ def gather_tokens(tokens_SBX, config):
                 tensor_parallel_output_grad=False,
                 group=parallel_state.get_context_parallel_group(),
             )
-    return tokens_SBX
+        return tokens_SBX if pack is None else pack.by_clip(tokens_SBX)
 
 
 class UnderWay(NamedTuple):
@@ -72,7 +151,7 @@ class UnderWay(NamedTuple):
 
 
 def start_gather_tokens(own_SX, into=None) -> UnderWay:
-    """Start to collect the tokens of all cp ranks, in the order of the clip: [S/cp, ...] -> [S, ...].
+    """Start to collect the tokens of all cp ranks, in the order of the ranks: [S/cp, ...] -> [S, ...].
 
     `into` is a buffer of an earlier gather to fill again. Every rank must start its collectives in one order.
     """
@@ -111,6 +190,14 @@ def sum_over_token_ranks(tensor, config):
     if config.sequence_parallel:
         torch.distributed.all_reduce(tensor, group=parallel_state.get_tensor_model_parallel_group())
     return tensor
+
+
+def _check_split(num_tokens, pieces, context):
+    if num_tokens % pieces:
+        raise ValueError(
+            f"{num_tokens} tokens do not split over context parallel {context} x "
+            f"sequence parallel {pieces // context}: use a bucket whose tokens divide by {pieces}"
+        )
 
 
 def _pieces(config):
