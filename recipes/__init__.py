@@ -1,7 +1,7 @@
-"""What is trained: argument-free functions that return a `Recipe`. This table is the only registry."""
+"""What is trained, and on which clips: argument-free functions. These tables are the only registries."""
 
 from nemo_moviegen.settings import nearest
-from recipes import tiny, video_30b
+from recipes import curation, tiny, video_30b
 
 RECIPES = {
     "tiny.tae": tiny.tae,
@@ -16,9 +16,22 @@ RECIPES = {
     "video_30b.t2iv_768_cp2_4096": video_30b.t2iv_768_cp2_4096,
 }
 
+CURATION = {
+    "curation.high_res": curation.high_res,
+    "curation.low_res": curation.low_res,
+    "curation.tiny": curation.tiny,
+}
+
 
 def get(name):
     """The recipe of that name; ValueError naming the nearest for an unknown one."""
     if name not in RECIPES:
         raise ValueError(f"no recipe {name!r}{nearest(name, list(RECIPES))}")
     return RECIPES[name]()
+
+
+def get_curation(name):
+    """The curation recipe of that name; ValueError naming the nearest for an unknown one."""
+    if name not in CURATION:
+        raise ValueError(f"no curation recipe {name!r}{nearest(name, list(CURATION))}")
+    return CURATION[name]()
