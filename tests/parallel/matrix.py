@@ -10,7 +10,7 @@ import tiny
 import torch
 from ranks import run_on_ranks
 
-from nemo_moviegen.batch import VideoBatch
+from nemo_moviegen.batch import PackedVideoBatch, VideoBatch
 from nemo_moviegen.layout import CHOICES, Layout
 from parallel.steps import errors, start_weights, two_steps
 
@@ -51,6 +51,29 @@ def _prompts(lengths, padding=0):
 # tokens of UL2, MetaCLIP and ByT5: all, no ByT5, a single token, none of MetaCLIP
 LENGTHS = ((7, 5, 3), (4, 2, 0), (1, 0, 0), (2, 0, 3))
 IMAGE_SHAPE = (1, 8, 4)
+MIXED_SHAPES = (IMAGE_SHAPE, tiny.LATENT_SHAPE, (2, 4, 8), (1, 4, 4), (4, 4, 4))
+"""8, 24, 16, 4 and 16 tokens: the cuts of sequence parallelism fall inside clips."""
+
+
+def _mixed() -> list[VideoBatch]:
+    """Clips and images of five shapes, each a batch of its own; prompts of different length."""
+    return [tiny.batch(5, shape, seed=i).rows(i, i + 1) for i, shape in enumerate(MIXED_SHAPES)]
+
+
+def pack(batches) -> PackedVideoBatch:
+    """The samples of `VideoBatch`es, one after the other."""
+
+    def joined(field):
+        of_encoders = zip(*(getattr(batch, field) for batch in batches), strict=True)
+        return tuple(torch.cat(of_samples) for of_samples in of_encoders)
+
+    return PackedVideoBatch(
+        latents=tuple(latent for batch in batches for latent in batch.latent_BTCHW),
+        contexts=joined("contexts"),
+        masks=joined("masks"),
+        sample_ids=torch.cat([batch.sample_ids for batch in batches]),
+        epochs=torch.cat([batch.epochs for batch in batches]),
+    )
 
 
 def _batches(name) -> list[VideoBatch]:
@@ -67,6 +90,10 @@ def _batches(name) -> list[VideoBatch]:
         "two images": [images.rows(2, 4)],
         "prompts": [_prompts(LENGTHS)],
         "padded prompts": [_prompts(LENGTHS, padding=4)],
+        "mixed": _mixed(),
+        "a pack": [pack(_mixed())],
+        # of four clips and of one
+        "two packs": [pack(_mixed()[:4]), pack(_mixed()[4:])],
     }[name]
 
 
@@ -176,7 +203,7 @@ def _errors_on_this_rank(rows, references):
 def _row_errors(row, reference):
     batches = _batches(row.batches)
     copies = row.layout.data_parallel(row.ranks)
-    samples = sum(b.latent_BTCHW.shape[0] for b in batches)
+    samples = sum(len(b.sample_ids) for b in batches)
     micro_batch = row.micro_batch or max(1, samples // copies)
     with pytest.MonkeyPatch.context() as patch:
         plant = None if row.plant is None else functools.partial(row.plant, patch)

@@ -19,11 +19,12 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from nemo_moviegen.batch import PackedVideoBatch
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.recipe import Optim
 from nemo_moviegen.training import step
 from nemo_moviegen.video.model import VideoTransformer, video_config
-from nemo_moviegen.video.parallel import gather_tokens
+from nemo_moviegen.video.parallel import gather_tokens, pack_of
 from parallel.runs import recipe
 
 SEED = 7
@@ -55,7 +56,8 @@ def start_weights(size=tiny.SIZE) -> dict:
 
 
 def two_steps(layout, batches, micro_batch, weights, size=tiny.SIZE, plant=None) -> Steps:
-    """Train from `weights` on `batches`, each cut into micro-batches that data parallel ranks take in turn.
+    """Train from `weights` on `batches`, each cut into micro-batches that data parallel ranks take in turn;
+    a pack is a micro-batch.
 
     The second step sees the samples in their next epoch: other noise and times. `plant(model, wrapped)` may
     plant a bug once all is built.
@@ -156,8 +158,11 @@ def _own_micro_batches(batches, micro_batch):
     """[(number of the first sample, micro-batch)] of this rank's model copy."""
     parts, number = [], 0
     for batch in batches:
-        samples = batch.latent_BTCHW.shape[0]
-        parts += [(number + i, batch.rows(i, i + micro_batch)) for i in range(0, samples, micro_batch)]
+        samples = len(batch.sample_ids)
+        if isinstance(batch, PackedVideoBatch):
+            parts.append((number, batch))
+        else:
+            parts += [(number + i, batch.rows(i, i + micro_batch)) for i in range(0, samples, micro_batch)]
         number += samples
     copy, copies = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if len(parts) % copies:
@@ -174,7 +179,7 @@ def _forward_backward(wrapped, model, optimizer, micro_batches, epoch):
         number, part = next(data_iterator)
         x, target, t = step.noisy_pair(replace(part, epochs=part.epochs + epoch), SEED)
         velocity_SBX = model(x, t, part.contexts, part.masks)
-        outputs.update(enumerate(gather_tokens(velocity_SBX.detach(), config).unbind(1), start=number))
+        outputs.update(enumerate(_by_sample(velocity_SBX.detach(), part, config), start=number))
 
         def loss(velocity):
             result = step.token_loss(velocity, target, config)
@@ -194,6 +199,14 @@ def _forward_backward(wrapped, model, optimizer, micro_batches, epoch):
         forward_only=False,
     )
     return float(step.mean_loss(sums, config)), outputs
+
+
+def _by_sample(velocity_SBX, part, config):
+    """Whole velocities [S, X] of the samples of a micro-batch."""
+    if not isinstance(part, PackedVideoBatch):
+        return gather_tokens(velocity_SBX, config).unbind(1)
+    lengths = [clip.shape[0] * clip[0, 0].numel() // 4 for clip in part.latents]  # patches of 1 x 2 x 2
+    return gather_tokens(velocity_SBX, config, pack_of(lengths, config)).squeeze(1).split(lengths)
 
 
 def _cut(name, parameter, size):
