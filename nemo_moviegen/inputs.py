@@ -49,12 +49,17 @@ class LatentData:
     text_encoders: str = ""
     """Folder of the encoders, for online text: the one `moviegen encode` takes."""
     token_limits: TokenLimits = field(default_factory=TokenLimits)
+    batching: str = "bucket"
+    """What makes up a step. bucket: latents of one shape. balanced: of several, a micro-batch one of them,
+    copies of the model with equal cost. packed: packs of any shapes, no longer than the largest latent."""
     prefetch: int = 2
     """Micro-batches a thread of each rank reads ahead; 0 = each when it is needed."""
 
     def __post_init__(self):
         if self.prefetch < 0:
             raise ValueError(f"data.prefetch is {self.prefetch}; use 0 or more micro-batches to read ahead")
+        if self.batching not in ("bucket", "balanced", "packed"):
+            raise ValueError(f"data.batching is {self.batching!r}; use bucket, balanced or packed")
         if self.text not in ("cached", "online"):
             raise ValueError(f"data.text is {self.text!r}; use cached or online")
         if self.text == "online" and not self.text_encoders:

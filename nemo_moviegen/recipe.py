@@ -139,6 +139,8 @@ class VideoRecipe(Recipe):
             )
         if self.layout.context > 1:
             self._check_context()
+        if self.data.batching == "packed":
+            self._check_packs()
         # Images first: a bucket that fits one frame fits any number of them
         for frames in sorted({1 if self.data.image_every else self.latent_frames, self.latent_frames}):
             self.check_tokens((frames, self.latent_height, self.latent_width))
@@ -164,6 +166,25 @@ class VideoRecipe(Recipe):
                 "Transformer Engine (bf16): make size.width / size.num_heads a multiple of 8, or set "
                 "layout.context=1"
             )
+
+    def _check_packs(self):
+        if self.micro_batch != 1:
+            raise ValueError(
+                f"{self.name}: micro_batch is {self.micro_batch}, and with data.batching=packed a micro-batch "
+                "is one pack: set micro_batch=1, or data.batching=bucket"
+            )
+        comm = self.layout.context_comm
+        if self.precision == "bf16" and self.layout.context > 1 and comm != "p2p":
+            raise ValueError(
+                f"{self.name}: Transformer Engine (bf16) splits packs over context ranks by p2p, and "
+                f"layout.context_comm is {comm}: set layout.context_comm=p2p, layout.context=1, or "
+                "data.batching=bucket"
+            )
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens a pack may hold (`data.batching=packed`): those of the largest latent."""
+        return self.size.num_tokens((self.latent_frames, self.latent_height, self.latent_width))
 
     def check_tokens(self, latent_shape):
         """ValueError where the tokens of a latent (T, H, W) do not split over the layout.

@@ -24,6 +24,17 @@ ILLEGAL = [  # recipe, what is changed, words of the message
     (SIX_HEADS_16_TOKENS, ["layout.tensor=4"], ["6 heads do not split over tensor 4", "divisor of 6"]),
     (
         SIX_HEADS_16_TOKENS,
+        ["data.batching=packed", "micro_batch=2"],
+        ["micro_batch is 2", "is one pack", "set micro_batch=1, or data.batching=bucket"],
+    ),
+    (
+        TWELVE_HEADS_A_RANK,  # its paper's all-gather: no kernel of Transformer Engine's takes it with packs
+        ["data.batching=packed", "micro_batch=1"],
+        ["packs over context ranks by p2p", "context_comm is all_gather", "set layout.context_comm=p2p"],
+    ),
+    (SIX_HEADS_16_TOKENS, ["data.batching=pack"], ["data.batching is 'pack'", "bucket, balanced or packed"]),
+    (
+        SIX_HEADS_16_TOKENS,
         ["layout.tensor=3"],
         ["ffn_width 512 does not split over tensor 3", "a divisor of 512 as layout.tensor"],
     ),
@@ -74,6 +85,8 @@ LEGAL = [
     (SIX_HEADS_16_TOKENS, ["layout.tensor=3", "layout.sequence=false", "size.ffn_width=513"]),
     (SIX_HEADS_16_TOKENS, ["layout.context=16"]),  # one token a rank: refused in bf16 alone
     (SIX_HEADS_16_TOKENS, ["layout.context_comm=p2p"]),  # one context rank: nothing to send
+    (SIX_HEADS_16_TOKENS, ["data.batching=packed", "micro_batch=1", "layout.context=2"]),  # fp32: our own
+    (TWELVE_HEADS_A_RANK, ["data.batching=packed", "micro_batch=1", "layout.context_comm=p2p"]),
     (SIX_HEADS_16_TOKENS, ["size.num_heads=16"]),
     (SIX_HEADS_16_TOKENS, ["layout.context=2", "layout.context_comm=a2a", "precision=bf16"]),
     (SIX_HEADS_16_TOKENS, ["layout.context=4", "layout.context_comm=p2p", "precision=bf16"]),
