@@ -170,7 +170,7 @@ class VideoRecipe(Recipe):
     def _check_packs(self):
         if self.micro_batch != 1:
             raise ValueError(
-                f"{self.name}: micro_batch is {self.micro_batch}, and with data.batching=packed a micro-batch "
+                f"{self.name}: micro_batch is {self.micro_batch}, with data.batching=packed a micro-batch "
                 "is one pack: set micro_batch=1, or data.batching=bucket"
             )
         comm = self.layout.context_comm
