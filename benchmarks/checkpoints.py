@@ -21,7 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import numpy as np  # noqa: E402
 from parallel.runs import train_on_ranks  # noqa: E402
 
-from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt  # noqa: E402
+from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt  # noqa: E402
+from nemo_moviegen.data.latents import LatentSample  # noqa: E402
 from nemo_moviegen.recipe import Layout  # noqa: E402
 from nemo_moviegen.training.cpu import stand_in_for_cuda  # noqa: E402
 from recipes import tiny  # noqa: E402

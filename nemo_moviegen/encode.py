@@ -92,7 +92,8 @@ def encode_clips(
     """
     from nemo_moviegen.data.clips import sample_id
     from nemo_moviegen.data.dali import ClipLoader
-    from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
+    from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+    from nemo_moviegen.data.latents import LatentSample
 
     device = next(autoencoder.parameters()).device
     loader = ClipLoader(

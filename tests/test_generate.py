@@ -208,7 +208,8 @@ RECIPE = replace(tiny.t2iv(), size=replace(VIDEO_TINY, num_layers=1))
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """What `generate` reads: a run and an autoencoder (recipes only), text encoders and latents."""
-    from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
+    from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+    from nemo_moviegen.data.latents import LatentSample
     from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 
     found = {name: tmp_path_factory.mktemp(name) for name in ("run", "tae", "encoders", "latents")}

@@ -11,7 +11,8 @@ import torch
 
 from nemo_moviegen.data.clips import sample_id
 from nemo_moviegen.data.collate import collate
-from nemo_moviegen.data.latents import LatentReader, LatentSample, LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latents import LatentReader, LatentSample
 from nemo_moviegen.sizes import ContextSize
 
 CONTEXTS = (

@@ -14,7 +14,8 @@ from parallel.runs import train_on_ranks
 from ranks import run_on_ranks
 
 from nemo_moviegen.data.collate import collate, cut_text, limit_text
-from nemo_moviegen.data.latents import LatentReader, LatentSample, LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latents import LatentReader, LatentSample
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.inputs import TokenLimits

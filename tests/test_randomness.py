@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_on_ranks
 
-from nemo_moviegen.data.latents import LatentReader, LatentSample, LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latents import LatentReader, LatentSample
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.recipe import (
     AutoencoderSize,

@@ -10,7 +10,8 @@ import tiny
 import torch.distributed as dist
 from ranks import run_on_ranks
 
-from nemo_moviegen.data.latents import LatentSample, LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latents import LatentSample
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
 
 
