@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nemo_moviegen import flops
+from nemo_moviegen.buckets import bucket_set
 from nemo_moviegen.sizes import AUDIO_13B, UPSAMPLER_7B, VIDEO_5B, VIDEO_30B, VIDEO_TINY, ContextSize
 
 LONGEST = (32, 96, 96)  # 256 frames at 768 px
@@ -77,6 +78,24 @@ def test_a_full_clip_costs_3_05e16_flops():
     assert (
         f"{flops.train_flops(VIDEO_30B, LONGEST, 0):.3e}" == "3.046e+16"
     )  # 137.7 GFLOP a token, three times
+
+
+@pytest.mark.parametrize("text_tokens", [0, 256])
+def test_the_cost_of_tokens_is_what_train_flops_says_but_for_a_constant_a_sample(text_tokens):
+    shapes = [
+        (-(-bucket.num_frames // 8), bucket.height_px // 8, bucket.width_px // 8)
+        for name in ("video_256", "video_768")
+        for bucket in bucket_set(name).buckets
+    ]
+    for size in (VIDEO_30B, VIDEO_5B):
+        linear, quadratic = flops.token_cost(size, text_tokens)
+        tokens = [size.num_tokens(shape) for shape in shapes]
+        rest = {
+            flops.train_flops(size, shape, text_tokens) - linear * S - quadratic * S**2
+            for shape, S in zip(shapes, tokens, strict=True)
+        }
+        assert len(set(tokens)) > 8 and len(rest) == 1
+        assert 0 < rest.pop() < 2e-4 * flops.train_flops(size, LONGEST, text_tokens)
 
 
 def test_flops_of_one_token_in_one_layer_are_those_of_the_derivation():
