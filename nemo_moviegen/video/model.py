@@ -51,7 +51,8 @@ RECOMPUTE = {
 What a layer keeps of each token of its rank, in hidden states (measured: tests/parallel/test_context.py, with
 the 30B model's proportions and tensor 1): 32.4 without recomputation, 15.0 selective, 1.0 full; over two
 context ranks 37.4, 16.0 and 1.0. What that costs: nothing, the feed-forward (a fifth of the forward FLOPs at
-73K tokens) and the gathers again, the whole forward pass.
+73K tokens) and the gathers again, the whole forward pass. A pack keeps one or two more without recomputation
+and with selective: what attention gives, clip by clip and joined (test_packed.py).
 """
 
 
