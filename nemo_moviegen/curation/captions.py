@@ -1,0 +1,123 @@
+"""What a video shows, from the files beside it: name.json, name.txt, or captions.jsonl / .csv of a folder."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path, PurePosixPath
+
+FIELDS = ("caption", "image_caption", "split", "attributes", "source")
+TABLES = ("captions.jsonl", "captions.csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """What is said of a video; empty where nothing is."""
+
+    caption: str = ""
+    image_caption: str = ""
+    """Of one frame, where it differs."""
+    split: str = ""
+    """train or heldout."""
+    attributes: str = ""
+    """JSON."""
+    source: str = ""
+
+
+def caption_reader(folder):
+    """The function that returns the `Caption` of a video by name; ValueError naming the file at fault.
+
+    name.json (the keys are those of `Caption`) and name.txt (the caption alone) lie beside the video; a
+    captions.jsonl or captions.csv, with `file` relative to its own folder and the same keys, may lie there or
+    in any folder above, up to `folder`. The first that names the video counts. All files are UTF-8. Without a
+    source of its own a video has that of the first folder on its way.
+    """
+    folder = Path(folder)
+
+    @cache
+    def table(parent):
+        found = {}
+        for name in TABLES:
+            path = folder / parent / name
+            if path.is_file():
+                found |= {key: (path, row) for key, row in _rows(path).items()}
+        return found
+
+    def read(name) -> Caption:
+        place = PurePosixPath(name)
+        source = place.parts[0] if len(place.parts) > 1 else ""
+        caption = _beside(folder, place)
+        for parent in place.parents if caption is None else ():
+            if row := table(parent).get(place.relative_to(parent).as_posix()):
+                caption = _caption(*row)
+                break
+        caption = caption or Caption()
+        return replace(caption, source=caption.source or source)
+
+    return read
+
+
+def _beside(folder, place):
+    """The video's own sidecar, or None; a JSON without caption leaves it to the text."""
+    path = folder / place.with_suffix(".json")
+    caption = None
+    if path.is_file():
+        try:
+            values = json.loads(_text(path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error})") from None
+        caption = _caption(path, values)
+        if caption.caption:
+            return caption
+    path = folder / place.with_suffix(".txt")
+    if path.is_file() and (text := " ".join(_text(path).split())):
+        return replace(caption or Caption(), caption=text)
+    return caption
+
+
+def _rows(path):
+    """Values by `file`; a line that is none of them is noted under its number, so it is nobody's."""
+    text = _text(path)
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(io.StringIO(text)))
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
+            raise ValueError(f"{path}, row {number} names no file: give it a `file` relative to the folder")
+    return {PurePosixPath(row["file"]).as_posix(): row for row in rows}
+
+
+def _caption(path, values) -> Caption:
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no object with a caption")
+    found = {name: values[name] for name in FIELDS if values.get(name) not in (None, "")}
+    if not isinstance(found.get("attributes", ""), str):
+        found["attributes"] = json.dumps(found["attributes"])
+    for name, value in found.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {name} is {value!r}; it needs a text")
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: {name} {value!a} is not text") from None
+    if found.get("split", "train") not in ("train", "heldout"):
+        raise ValueError(f"{path}: split is {found['split']!r}; use train or heldout")
+    for name in ("caption", "image_caption"):
+        found[name] = " ".join(found.get(name, "").split())
+    return Caption(**found)
+
+
+def _text(path):
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start}); write it as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
