@@ -55,7 +55,7 @@ MIXED_SHAPES = (IMAGE_SHAPE, tiny.LATENT_SHAPE, (2, 4, 8), (1, 4, 4), (4, 4, 4))
 """8, 24, 16, 4 and 16 tokens: the cuts of sequence parallelism fall inside clips."""
 
 
-def _mixed() -> list[VideoBatch]:
+def mixed() -> list[VideoBatch]:
     """Clips and images of five shapes, each a batch of its own; prompts of different length."""
     return [tiny.batch(5, shape, seed=i).rows(i, i + 1) for i, shape in enumerate(MIXED_SHAPES)]
 
@@ -90,10 +90,10 @@ def _batches(name) -> list[VideoBatch]:
         "two images": [images.rows(2, 4)],
         "prompts": [_prompts(LENGTHS)],
         "padded prompts": [_prompts(LENGTHS, padding=4)],
-        "mixed": _mixed(),
-        "a pack": [pack(_mixed())],
+        "mixed": mixed(),
+        "a pack": [pack(mixed())],
         # of four clips and of one
-        "two packs": [pack(_mixed()[:4]), pack(_mixed()[4:])],
+        "two packs": [pack(mixed()[:4]), pack(mixed()[4:])],
     }[name]
 
 
