@@ -125,9 +125,9 @@ def test_reading_a_row_reads_only_its_bytes(tmp_path, monkeypatch):
     reads = []
 
     class Watched(shards.ShardFile):
-        def read(self, offset, nbytes):
-            reads.append(nbytes)
-            return super().read(offset, nbytes)
+        def read_into(self, view, offset):
+            reads.append(len(view))
+            return super().read_into(view, offset)
 
     write(tmp_path, samples_per_shard=10)
     monkeypatch.setattr(latents, "ShardFile", Watched)

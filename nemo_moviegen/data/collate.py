@@ -1,10 +1,13 @@
 """Samples of one shape to a `VideoBatch`, or of any shapes to a `PackedVideoBatch`: latents, padded text
 features and their masks."""
 
+import math
+
 import numpy as np
 import torch
 
 from nemo_moviegen.batch import PackedVideoBatch, VideoBatch
+from nemo_moviegen.data import buffers
 
 
 def collate(
@@ -77,12 +80,19 @@ def stack_latents(samples, statistics=None):
     stored = [torch.from_numpy(sample.latent_TCHW) for sample in samples]
     if statistics is None:
         return torch.stack(stored).float()
-    latent_BTCHW = torch.empty(len(stored), *stored[0].shape)
+    latent_BTCHW = _uninitialised(len(stored), *stored[0].shape)
     mean_C11, std_C11 = (torch.from_numpy(numbers_C)[:, None, None] for numbers_C in statistics)
     for latent_TCHW, from_TCHW in zip(latent_BTCHW, stored, strict=True):
         for frame_CHW, from_CHW in zip(latent_TCHW, from_TCHW, strict=True):  # a frame stays in the cache
-            torch.sub(from_CHW, mean_C11, out=frame_CHW).div_(std_C11)
+            frame_CHW.copy_(from_CHW).sub_(mean_C11).div_(std_C11)
     return latent_BTCHW
+
+
+def _uninitialised(*shape):
+    """A float32 tensor in memory that is used again: pinned, for its copy to the GPU, where there is one."""
+    if torch.cuda.is_available():
+        return torch.empty(shape, pin_memory=True)
+    return torch.from_numpy(buffers.take(4 * math.prod(shape)).view(np.float32).reshape(shape))
 
 
 def _check_epochs(samples, epochs):

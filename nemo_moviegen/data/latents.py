@@ -12,9 +12,9 @@ writes all of it.
 Why a reader of our own, and not one of DALI's or webdataset's. A training step asks for given rows: they are
 a function of (seed, step), on any number of ranks. `fn.readers.webdataset` and the `webdataset` package
 stream shards in file order and shuffle within a buffer; `fn.readers.numpy` wants one file a sample, a hundred
-million of them; none checks what it read. A sample here is one `preadv` of one contiguous span, which is what
-parallel file systems do best, then one XXH3 over it while it is in the cache; its arrays are views of that
-buffer. Several samples of a `read` go to two threads. mmap is a copy less, and faster warm, but an input
+million of them; none checks what it read. A sample here is one contiguous span, which is what
+parallel file systems do best: in pieces of 1 MiB, each summed up with XXH3 while it is in a core's cache, by
+two threads; its arrays are views of that buffer. mmap is a copy less, and faster warm, but an input
 error behind a map is a SIGBUS that kills the rank, where `preadv` returns an error and the sample is
 replaced. `moviegen bench latents` compares all of them.
 
@@ -30,7 +30,6 @@ another inside a read, or replace a damaged sample by another than its peers do.
 import functools
 import json
 import os
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_moviegen.data.clips import record_unusable
-from nemo_moviegen.data.shards import END_OF_TAR, ShardFile, checksum, unpack_sample
+from nemo_moviegen.data.shards import END_OF_TAR, ShardFile, SpanRead, read_spans, unpack_sample
 
 INDEX, STATISTICS, EMPTY_PROMPT = "index.parquet", "statistics.json", "empty_prompt.npz"
 _WORTH_A_THREAD = 1 << 20  # bytes of a read: below, handing over costs more than it gives
@@ -87,7 +86,7 @@ class LatentReader:
         self.statistics = self.mean_C, self.std_C
         """What `collate` normalises latents with."""
         self._open = functools.lru_cache(maxsize=_OPEN_SHARDS)(ShardFile)
-        self._damaged, self._lock, self._threads = set(), threading.Lock(), (None, None)
+        self._damaged = set()
         if not skip_damaged:
             self._check_sizes()
 
@@ -119,17 +118,7 @@ class LatentReader:
 
         ValueError names shard and sample where the bytes are not those that were written.
         """
-        nbytes = int(self._nbytes_N[row])
-        try:
-            span = self._open(self._path(row)).read(int(self._offset_N[row]), nbytes)
-        except OSError as error:
-            raise self._damage(row, error.strerror) from None
-        if len(span) < nbytes:
-            raise self._damage(row, "the shard is truncated")
-        if checksum(span) != self._checksum_N[row]:
-            raise self._damage(row, "its checksum does not match, the shard is corrupt")
-        latent_TCHW, contexts, facts = unpack_sample(span)
-        return LatentSample(latent_TCHW=latent_TCHW, contexts=contexts, **facts)
+        return self._samples([int(row)])[0]
 
     def read(self, rows) -> list[LatentSample]:
         """The samples of these rows; with `skip_damaged`, a damaged one is replaced by the next of its shape.
@@ -137,45 +126,50 @@ class LatentReader:
         The replacement depends on the files alone, so every rank that reads the row gets the same. Damaged
         samples are logged, written to the quarantine file and counted once. ValueError where none is left.
         """
-        rows = [int(row) for row in rows]
-        threads = min(self.num_threads, len(rows))
-        if threads < 2 or self._nbytes_N[rows].sum() < _WORTH_A_THREAD:
-            return self._read_all(rows)
-        parts = [self._pool().submit(self._read_all, rows[first::threads]) for first in range(1, threads)]
-        samples = [None] * len(rows)
-        samples[::threads] = self._read_all(rows[::threads])  # this thread's own share
-        for first, part in enumerate(parts, start=1):
-            samples[first::threads] = part.result()
-        return samples
+        samples = self._samples([int(row) for row in rows], skip_damaged=self.skip_damaged)
+        return [self._next_whole(row) if s is None else s for row, s in zip(rows, samples, strict=True)]
 
-    def _read_all(self, rows):
-        return [self._read_or_replace(row) if self.skip_damaged else self[row] for row in rows]
+    def _samples(self, rows, skip_damaged=False):
+        """The samples; None in place of a damaged one where those are skipped."""
+        spans = [self._span(row) for row in rows]
+        whole = [span for span in spans if isinstance(span, SpanRead)]
+        helpers = min(self.num_threads - 1, sum(len(span.starts) for span in whole) - 1)
+        if helpers > 0 and self._nbytes_N[rows].sum() >= _WORTH_A_THREAD:
+            read_spans(whole, _pool(os.getpid()).submit, helpers)
+        else:
+            read_spans(whole)
+        return [self._sample(row, span, skip_damaged) for row, span in zip(rows, spans, strict=True)]
 
-    def _pool(self):
-        """Threads of this process: those of the one it was forked from did not come along."""
-        if self._threads[0] != os.getpid():
-            self._threads = os.getpid(), ThreadPoolExecutor(self.num_threads - 1, "latent-reader")
-        return self._threads[1]
+    def _span(self, row):
+        """The sample's bytes, to be read; what is wrong where it has no shard."""
+        if row in self._damaged:
+            return "it is damaged"
+        try:
+            return SpanRead(self._open(self._path(row)), int(self._offset_N[row]), int(self._nbytes_N[row]))
+        except OSError as error:
+            return error.strerror
 
-    def _read_or_replace(self, row):
-        for candidate in self._candidates(row):
-            if candidate in self._damaged:
-                continue
-            try:
-                return self[candidate]
-            except ValueError as error:
-                self._reject(candidate, str(error))
+    def _sample(self, row, span, skip_damaged):
+        problem = span if isinstance(span, str) else span.problem(self._checksum_N[row])
+        if not problem:
+            latent_TCHW, contexts, facts = unpack_sample(span.span)
+            return LatentSample(latent_TCHW=latent_TCHW, contexts=contexts, **facts)
+        if not skip_damaged:
+            raise self._damage(row, problem)
+        self._reject(row, str(self._damage(row, problem)))
+        return None
+
+    def _next_whole(self, row):
+        """In place of a damaged sample: the next of its shape that is whole, around the end."""
+        same_shape = np.flatnonzero(self._shape_keys == self._shape_keys[row])
+        place = int(np.searchsorted(same_shape, row))
+        for candidate in np.concatenate([same_shape[place + 1 :], same_shape[:place]]).tolist():
+            if (sample := self._samples([candidate], skip_damaged=True)[0]) is not None:
+                return sample
         shape = "x".join(map(str, self.latent_shapes[row]))
         raise ValueError(
             f"{self.folder}: every sample of shape {shape} is damaged; run `moviegen encode` again"
         )
-
-    def _candidates(self, row):
-        """The row, then those of its shape that follow it, around the end."""
-        yield row
-        same_shape = np.flatnonzero(self._shape_keys == self._shape_keys[row])
-        place = int(np.searchsorted(same_shape, row))
-        yield from np.concatenate([same_shape[place + 1 :], same_shape[:place]]).tolist()
 
     @functools.cached_property
     def _shape_keys(self):
@@ -183,10 +177,9 @@ class LatentReader:
         return self.latent_shapes @ np.array([1 << 40, 1 << 20, 1])
 
     def _reject(self, row, reason):
-        with self._lock:
-            if row not in self._damaged:
-                self._damaged.add(row)
-                record_unusable(self.quarantine, self._clip_ids[row].as_py(), self._path(row), reason)
+        if row not in self._damaged:
+            self._damaged.add(row)
+            record_unusable(self.quarantine, self._clip_ids[row].as_py(), self._path(row), reason)
 
     def _path(self, row):
         return self.folder / self._shards[self._shard_N[row]]
@@ -208,6 +201,12 @@ class LatentReader:
                 row = int(np.flatnonzero((self._shard_N == shard) & (ends_N == end))[0])
                 what = f"it has {found} bytes, {written} were written"
                 raise self._damage(row, "the shard is missing" if found is None else what)
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process):
+    """Threads of this process, for all its readers; those of one it was forked from did not come along."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "latent-reader")
 
 
 def as_stored(contexts):

@@ -13,19 +13,24 @@ import json
 import os
 import socket
 import tarfile
+from collections import deque
 
 import numpy as np
+import xxhash
+
+from nemo_moviegen.data import buffers
 
 END_OF_TAR = bytes(1024)
+PIECE = 1 << 20
+"""Bytes of a sample that are read, and summed up, at a time: as many as a core's cache holds."""
 _BLOCK = 512  # a tar header, and what members are padded to
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def checksum(span) -> int:
-    """XXH3 of the bytes, 64 bits: faster than memory is read; other threads run meanwhile."""
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(span)
+    """XXH3, 64 bits, of a sample's bytes; of those of its pieces where it has several."""
+    view = memoryview(span)
+    return _joined([_digest(view[start : start + PIECE]) for start in range(0, len(view), PIECE)])
 
 
 def pack_sample(key, latent_TCHW, contexts, facts) -> bytes:
@@ -61,19 +66,60 @@ class ShardFile:
     def __init__(self, path):
         self._descriptor = os.open(path, os.O_RDONLY)
 
-    def read(self, offset, nbytes) -> np.ndarray:
-        """The bytes there, uint8 [nbytes]; fewer where the file ends."""
-        # A buffer of its own for each sample, whose arrays are views of it. The allocator hands out again
-        # what the last batch gave back: memory stays as it is.
-        span = np.empty(nbytes, np.uint8)
+    def read_into(self, view, offset) -> int:
+        """Fill the memory from there on; returns how many bytes there were: fewer where the file ends."""
         done = 0
-        while done < nbytes and (count := os.preadv(self._descriptor, [span[done:]], offset + done)):
+        while done < len(view) and (count := os.preadv(self._descriptor, [view[done:]], offset + done)):
             done += count
-        return span[:done]
+        return done
 
     def __del__(self):
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
+
+
+class SpanRead:
+    """One span while it is read: uint8 memory, filled and summed up piece by piece, by any thread."""
+
+    def __init__(self, file, offset, nbytes):
+        self.span = buffers.take(nbytes)
+        self._file, self._offset, self._view = file, offset, memoryview(self.span)
+        self.starts = range(0, nbytes, PIECE)
+        self._digests, self._problem = [b""] * len(self.starts), None
+
+    def read_piece(self, start):
+        """Read one of the pieces that start at `starts`, and take its digest while the cache has it."""
+        piece = self._view[start : start + PIECE]
+        try:
+            if self._file.read_into(piece, self._offset + start) < len(piece):
+                self._problem = "the shard is truncated"
+        except OSError as error:
+            self._problem = error.strerror
+        self._digests[start // PIECE] = _digest(piece)
+
+    def problem(self, wanted) -> str:
+        """What is wrong with the span, all of it read; "" where its checksum is the wanted one."""
+        if self._problem or _joined(self._digests) == wanted:
+            return self._problem or ""
+        return "its checksum does not match, the shard is corrupt"
+
+
+def read_spans(spans, submit=None, helpers=0):
+    """Read every piece of the spans; `submit` hands work to that many helping threads."""
+    pieces = deque((span, start) for span in spans for start in span.starts)
+
+    def work():
+        while True:
+            try:
+                span, start = pieces.popleft()
+            except IndexError:
+                return
+            span.read_piece(start)
+
+    started = [submit(work) for _ in range(helpers)]
+    work()
+    for helper in started:
+        helper.result()
 
 
 def write_whole(path, data):
@@ -107,6 +153,14 @@ def named_if_full(path, part):
         f"{path} cannot be written: {reason}; make room on its file system, or raise the quota, and run the "
         "same command again: finished shards stand"
     )
+
+
+def _digest(piece):
+    return xxhash.xxh3_64_digest(piece)
+
+
+def _joined(digests):
+    return int.from_bytes(digests[0] if len(digests) == 1 else _digest(b"".join(digests)), "big")
 
 
 def _view(span, view, start):
