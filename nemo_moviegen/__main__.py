@@ -90,6 +90,25 @@ def cut_command(options):
     print(write_manifest(options.manifest, clips))
 
 
+def curate_command(options):
+    """Choose from a folder of videos the clips worth training on."""
+    import recipes
+    from nemo_moviegen.curation.recipe import override
+    from nemo_moviegen.curation.run import MANIFEST, REPORT, curate
+
+    recipe = override(recipes.get_curation(options.recipe), options.settings)
+    done = curate(options.folder, options.output, recipe, options.task)
+    output = Path(options.output)
+    print(f"{done['num_scored']} videos scored", end="")
+    if done["num_missing"]:
+        print(f"; other tasks owe {done['num_missing']}, the last of them selects")
+    else:
+        print(
+            f"; {output / MANIFEST}: {done['num_clips']} clips and {done['num_images']} images; "
+            f"{done['num_refused']} files quarantined; see {output / REPORT}"
+        )
+
+
 def train_command(options):
     """Train a recipe: on this machine, or as one of the ranks a launcher started."""
     from nemo_moviegen.launch import launch
@@ -180,6 +199,7 @@ COMMANDS = {
     "count": count_command,
     "shapes": shapes_command,
     "cut": cut_command,
+    "curate": curate_command,
     "train": train_command,
     "average": average_command,
     "encode": encode_command,

@@ -56,6 +56,13 @@ def _parser():
     add("--split", choices=("train", "heldout"), default="train")
     add("--images", action="store_true", help="also take the middle frame of each clip as an image")
 
+    add = command("curate", "choose from a folder of videos the clips worth training on")
+    add("folder", help="videos of any format, in any folders below, their captions beside them")
+    add("output", help="folder for the scores, manifest.parquet and report.html; a second run goes on in it")
+    add("settings", nargs="*", metavar="key=value", help="settings to change, as in filters.text.high=0.7")
+    add("--recipe", required=True, help="curation.high_res, curation.low_res or curation.tiny")
+    add("--task", type=_task, metavar="I/N", help="score one part of N, from 0/N; the last to end selects")
+
     add = command("train", "train a recipe on its cluster")
     add("recipe", help="a recipe's name (see `moviegen recipes`) or YAML file")
     add(
@@ -125,6 +132,13 @@ def _shape(text):
             f"{text!r} is no latent shape: write frames x height x width, as in 32x96x96"
         )
     return tuple(int(part) for part in parts)
+
+
+def _task(text):
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no task: write I/N, from 0/4 to 3/4 for four")
+    return int(index), int(count)
 
 
 def _weights(text):

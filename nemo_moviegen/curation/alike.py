@@ -55,7 +55,7 @@ def balanced(label_N, share, chance_N) -> np.ndarray:
     So a row's probability is min(1, k / sqrt(n)). Counts are whole numbers that add up; within a cluster the
     rows of the lowest `chance_N` stay.
     """
-    names, label_N, size_C = np.unique(label_N, return_inverse=True, return_counts=True)
+    _, label_N, size_C = np.unique(label_N, return_inverse=True, return_counts=True)
     total = round(share * len(label_N))
     wanted_C = _root_shares(size_C, total)
     quota_C = np.floor(wanted_C + 1e-9).astype(np.int64)

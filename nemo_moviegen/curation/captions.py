@@ -37,21 +37,27 @@ def caption_reader(folder):
 
     @cache
     def table(parent):
-        found = {}
+        found, problems = {}, []
         for name in TABLES:
             path = folder / parent / name
             if path.is_file():
-                found |= {key: (path, row) for key, row in _rows(path).items()}
-        return found
+                rows, wrong = _rows(path)
+                found |= {key: (path, row) for key, row in rows.items()}
+                problems += wrong
+        return found, problems
 
     def read(name) -> Caption:
         place = PurePosixPath(name)
         source = place.parts[0] if len(place.parts) > 1 else ""
-        caption = _beside(folder, place)
+        caption, problems = _beside(folder, place), []
         for parent in place.parents if caption is None else ():
-            if row := table(parent).get(place.relative_to(parent).as_posix()):
+            rows, wrong = table(parent)
+            problems += wrong[:1]
+            if row := rows.get(place.relative_to(parent).as_posix()):
                 caption = _caption(*row)
                 break
+        if caption is None and problems:  # the line that cannot be read may be this video's
+            raise ValueError(f"no caption; {problems[0]}")
         caption = caption or Caption()
         return replace(caption, source=caption.source or source)
 
@@ -77,21 +83,26 @@ def _beside(folder, place):
 
 
 def _rows(path):
-    """Values by `file`; a line that is none of them is noted under its number, so it is nobody's."""
-    text = _text(path)
-    if path.suffix == ".csv":
-        rows = list(csv.DictReader(io.StringIO(text)))
-    else:
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                rows += [json.loads(line)] if line.strip() else []
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error})") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict) or not isinstance(row.get("file"), str):
-            raise ValueError(f"{path}, row {number} names no file: give it a `file` relative to the folder")
-    return {PurePosixPath(row["file"]).as_posix(): row for row in rows}
+    """Values by `file`, and what is wrong with lines that cannot be used: they take no other with them."""
+    # bytes that are no UTF-8 stay with their row, which `_caption` refuses
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    found, problems = {}, []
+    for number, row in enumerate(_csv(text) if path.suffix == ".csv" else text.splitlines(), 1):
+        try:
+            if isinstance(row, str):
+                if not row.strip():
+                    continue
+                row = json.loads(row)
+            found[PurePosixPath(row["file"]).as_posix()] = row
+        except json.JSONDecodeError as error:
+            problems.append(f"{path}, line {number} is not JSON ({error})")
+        except (KeyError, TypeError):
+            problems.append(f"{path}, row {number} names no `file`, a path relative to its folder")
+    return found, problems
+
+
+def _csv(text):
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def _caption(path, values) -> Caption:
@@ -106,7 +117,7 @@ def _caption(path, values) -> Caption:
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{path}: {name} {value!a} is not text") from None
+            raise ValueError(f"{path}: {name} {value!a} is not UTF-8; write it as UTF-8") from None
     if found.get("split", "train") not in ("train", "heldout"):
         raise ValueError(f"{path}: split is {found['split']!r}; use train or heldout")
     for name in ("caption", "image_caption"):

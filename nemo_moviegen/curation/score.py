@@ -51,7 +51,7 @@ def file_key(video) -> str:
 
 
 def is_complete(video, rows, recipe) -> bool:
-    """Whether nothing of the video has to be measured: its rows hold all that the recipe's selection reads."""
+    """Whether nothing of the video has to be measured: its rows hold all that selection reads."""
     if not rows or rows[0]["file_key"] != file_key(video):
         return False
     if rows[0]["reason"] or not passes_header(rows[0], recipe):

@@ -1,7 +1,7 @@
 """Scores on disk: a Parquet file a chunk, each replaced as a whole, a row a candidate clip.
 
-A row knows what it was made from: the file's size and time, how its candidates were found, and who filled each
-column. So a task sees what is missing by comparing, and a score that still holds is never made again.
+A row knows what it was made from: the file's size and time, how its candidates were found, and who filled
+each column. So a task sees what is missing by comparing, and a score that holds is never made again.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def read_chunk(path, recipe, strips=True):
 
 
 def write_chunk(path, rows, recipe):
-    """Write rows (dicts) as the chunk's file; ValueError where the disk does not take it, the old file kept."""
+    """Write rows (dicts) as the chunk's file. ValueError where the disk is full: the old file stays."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

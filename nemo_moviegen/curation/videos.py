@@ -7,7 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 ENDINGS = (
-    ".mp4 .m4v .mov .mkv .webm .avi .wmv .flv .ogv .mpg .mpeg .ts .m2ts .mts .vob .3gp .y4m .gif".split()
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".wmv", ".flv", ".ogv"),
+    *(".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".vob", ".3gp", ".y4m", ".gif"),
 )
 SIDECARS = (".txt", ".json", ".jsonl", ".csv")
 _SIGNS = (b"ftyp", b"\x1a\x45\xdf\xa3", b"AVI ", b"FLV\x01")
