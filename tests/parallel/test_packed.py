@@ -5,10 +5,12 @@ clip, every gradient, the norm and the parameters, under every kind of layout. `
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.nn.functional
 from megatron.core import parallel_state
 
 from nemo_moviegen.layout import CHOICES, Layout
@@ -46,6 +48,36 @@ ROWS = {
         for sharding in CHOICES["sharding"]
     },
     **{f"cp2, sharding {sharding}": _row(2, CP2, sharding=sharding) for sharding in ("optimizer", "full")},
+}
+
+
+def a_kernel_that_knows_megatrons_fields_alone(patch, built, wrapped):
+    """No bug: what Transformer Engine is told, and where it expects a clip's tokens, are enough to attend by.
+
+    Its own kernels run on GPUs only.
+    """
+    forward = attention.LocalAttention.forward
+
+    def from_fields(self, query, key, value, attention_mask, packed_seq_params, **kwargs):
+        if attention_mask is not None:  # text
+            return forward(self, query, key, value, attention_mask, packed_seq_params, **kwargs)
+        assert packed_seq_params.qkv_format == "thd" and query.dim() == key.dim() == value.dim() == 3
+        ranks, group = self.config.context_parallel_size, parallel_state.get_context_parallel_group()
+        cuts = (packed_seq_params.cu_seqlens_kv // ranks).tolist()
+        pairs = torch.distributed.nn.functional.all_gather(torch.stack((key, value)), group=group)
+        outs = []
+        for start, stop in pairwise(cuts):  # every rank has its share of every clip
+            keys, values = torch.cat([pair[:, start:stop] for pair in pairs], dim=1)
+            scores = torch.einsum("snh,tnh->nst", query[start:stop], keys) * query.shape[-1] ** -0.5
+            outs.append(torch.einsum("nst,tnh->snh", scores.softmax(dim=-1), values))
+        return torch.cat(outs).flatten(1)
+
+    patch.setattr(attention.LocalAttention, "forward", from_fields)
+
+
+ROWS |= {
+    "one rank, a thd kernel": _row(1, ALONE, plant=a_kernel_that_knows_megatrons_fields_alone),
+    "cp2, a thd kernel": _row(2, CP2, plant=a_kernel_that_knows_megatrons_fields_alone),
 }
 
 
