@@ -9,7 +9,7 @@ import numpy as np
 REFERENCE_WIDTH_PX = 768
 """Motion is told in pixels of a frame of this width, the narrowest of Table 38's."""
 _CELL = 8  # side of the blocks that vote for the camera's motion, in pixels of the flow
-_LEAST_TEXTURE = 4.0  # deviation in levels; flow in plain blocks is a guess
+_LEAST_TEXTURE = 2.5  # deviation in levels; flow in plain blocks is a guess
 _LEAST_MOTION = 0.0006  # widths a frame: 1.5% a second at 25 frames a second
 
 
@@ -59,7 +59,7 @@ def camera_motion(look) -> tuple[str, float]:
     return (label, confidence) if label and confidence >= 0.7 else ("", confidence)
 
 
-camera_motion.version = "1"
+camera_motion.version = "2"
 
 
 def _camera_step(flow_HW2, luma_HW):
@@ -72,7 +72,7 @@ def _camera_step(flow_HW2, luma_HW):
     shape = (rows, _CELL, columns, _CELL)
     blocks = luma_HW[: rows * _CELL, : columns * _CELL].astype(np.float32).reshape(shape)
     has_texture = blocks.std(axis=(1, 3)).ravel() > _LEAST_TEXTURE
-    if has_texture.sum() < max(6, 0.3 * rows * columns):
+    if has_texture.sum() < max(6, 0.25 * rows * columns):
         return None
     flow = np.median(flow_HW2[: rows * _CELL, : columns * _CELL].reshape(*shape, 2), axis=(1, 3))
     y, x = np.mgrid[:rows, :columns]

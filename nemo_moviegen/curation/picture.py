@@ -8,26 +8,29 @@ import numpy as np
 
 _FLAT = 6.0  # levels of 255: what coding noise leaves of a plain line
 _EDGE = 12.0  # levels by which the picture's first line differs from the border's last
-_EDGE_SHARE = 0.5  # of that line's pixels
+_EDGE_SHARE = 0.7  # of that line's pixels
 
 
 def border_share(look) -> float:
-    """Share of the frame, 0..1, that plain bars at its sides cover; the median over a `Look`'s frames.
+    """Share of the frame, 0..1, that plain bars at its sides cover, the same on all frames of a `Look`.
 
-    A bar is a run of plain scan lines of one colour from the side inward that ends in an edge along most of
-    the line (first derivative). So neither sky nor a plain background is a bar; blurred ones are not found.
+    A bar is a run of plain scan lines of one colour from the side inward, as long as on the frame where it
+    is shortest, that ends there in an edge along most of the line (first derivative). So neither sky nor a
+    plain background is a bar. Bars filled with a blurred picture are not found.
     """
-    bars_T4 = np.array([_bars(frame_HWC) for frame_HWC in look.frames_THWC])
+    frames = [np.float32(frame_HWC) for frame_HWC in look.frames_THWC]
+    turned = [frame_HWC.transpose(1, 0, 2) for frame_HWC in frames]
     height, width = look.frames_THWC.shape[1:3]
-    top, bottom, left, right = np.median(bars_T4, axis=0)
-    return float(1 - (height - top - bottom) * (width - left - right) / (height * width))
+    top, bottom = _bar(frames), _bar([frame[::-1] for frame in frames])
+    left, right = _bar(turned), _bar([frame[::-1] for frame in turned])
+    return 1 - (height - top - bottom) * (width - left - right) / (height * width)
 
 
-border_share.version = "1"
+border_share.version = "2"
 
 
 def aesthetics(look) -> float:
-    """0..10 of the middle frame: the geometric mean of exposure, contrast, colourfulness and sharpness.
+    """0..10 of the middle frame: root of the product of exposure, contrast, colourfulness and sharpness.
 
     Each is 1 where a good photograph has it and falls to 0: black, burnt out, grey, flat or blurred.
     """
@@ -37,12 +40,12 @@ def aesthetics(look) -> float:
         _exposure(luma_HW),
         min(1.0, float(luma_HW.std()) / 50),
         min(1.0, 0.3 + _colourfulness(frame_HWC) / 60),  # black and white is no fault, only less
-        min(1.0, _sharpness(luma_HW) / 0.5),
+        _sharpness(luma_HW),
     ]
-    return 10 * float(np.prod(parts)) ** (1 / len(parts))
+    return 10 * float(np.prod(parts)) ** 0.5
 
 
-aesthetics.version = "1"
+aesthetics.version = "2"
 
 
 def quality(look) -> float:
@@ -50,30 +53,28 @@ def quality(look) -> float:
     return float(np.mean([_frame_quality(_luma(np.float32(frame))) for frame in look.frames_THWC]))
 
 
-quality.version = "1"
+quality.version = "2"
 
 
-def _bars(frame_HWC):
-    """Lines of bar at top, bottom, left and right."""
-    rows_HWC = np.float32(frame_HWC)
-    columns_WHC = rows_HWC.transpose(1, 0, 2)
-    return [_bar(lines) for lines in (rows_HWC, rows_HWC[::-1], columns_WHC, columns_WHC[::-1])]
-
-
-def _bar(lines_NMC):
-    """Number of lines of a bar that starts at line 0; 0 where there is none, or nothing else."""
-    if lines_NMC[0].std(axis=0).max() >= _FLAT:  # so with most pictures: spare them the rest
-        return 0
-    spread_N = lines_NMC.std(axis=1).max(axis=1)
-    color_NC = lines_NMC.mean(axis=1)
-    is_bar_N = (spread_N < _FLAT) & (np.abs(color_NC - color_NC[0]).max(axis=1) < _FLAT)
-    if is_bar_N.all():
-        return 0
-    first = int(np.argmin(is_bar_N))
-    # scaling blurs the edge over a line or two: compare with what lies behind them
-    inside_MC = lines_NMC[min(first + 1, len(lines_NMC) - 1)]
-    steps_M = np.abs(inside_MC - color_NC[0]).max(axis=1)
-    return first if (steps_M > _EDGE).mean() >= _EDGE_SHARE else 0
+def _bar(frames):
+    """Number of lines of the bar at line 0 of all frames, each [lines, pixels, C]; 0 where there is none."""
+    shortest, has_edge = None, False
+    for lines_NMC in frames:
+        if lines_NMC[0].std(axis=0).max() >= _FLAT:  # so with most pictures: spare them the rest
+            return 0
+        spread_N, color_NC = lines_NMC.std(axis=1).max(axis=1), lines_NMC.mean(axis=1)
+        is_plain_N = (spread_N < _FLAT) & (np.abs(color_NC - color_NC[0]).max(axis=1) < _FLAT)
+        if is_plain_N.all():  # a fade: it says nothing about bars
+            continue
+        length = int(np.argmin(is_plain_N))
+        if shortest is None or length < shortest - 1:
+            shortest, has_edge = length, False
+        if length <= shortest + 1:
+            # scaling blurs the edge over a line or two: compare with what lies behind them
+            inside_MC = lines_NMC[min(length + 1, len(lines_NMC) - 1)]
+            steps_M = np.abs(inside_MC - color_NC[0]).max(axis=1)
+            has_edge |= bool((steps_M > _EDGE).mean() >= _EDGE_SHARE)
+    return shortest if shortest and has_edge else 0
 
 
 def _luma(frame_HWC):
@@ -95,7 +96,10 @@ def _colourfulness(frame_HWC):
 
 
 def _sharpness(luma_HW):
-    """Share of local contrast that one more blur takes, 0..1 (after Crete, 2007): low where blurred."""
+    """0..1 by the share of local contrast that one more blur takes (after Crete, 2007).
+
+    Half and more of it in a sharp picture; a quarter and less, which is 0, in one that was blurred already.
+    """
     import cv2
 
     blurred = cv2.blur(luma_HW, (9, 9))
@@ -103,11 +107,11 @@ def _sharpness(luma_HW):
     for axis in (0, 1):
         here, there = (np.abs(np.diff(image, axis=axis)) for image in (luma_HW, blurred))
         lost.append(float(np.maximum(here - there, 0).sum() / max(here.sum(), 1e-6)))
-    return min(lost)
+    return float(np.clip((min(lost) - 0.25) / 0.25, 0, 1))
 
 
 def _frame_quality(luma_HW):
-    return 10 * min(1.0, _sharpness(luma_HW) / 0.5) * (1 - _noise(luma_HW)) * (1 - _blockiness(luma_HW))
+    return 10 * _sharpness(luma_HW) * (1 - _noise(luma_HW)) * (1 - _blockiness(luma_HW))
 
 
 def _noise(luma_HW):

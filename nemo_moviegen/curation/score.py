@@ -112,10 +112,10 @@ def _candidates(path, row, recipe):
     if row["kind"] == "image":
         span = {"start_seconds": 0.0, "end_seconds": 0.0, "clip_seconds": 0.0}
         return [base | span | {"num_scenes": 1.0, "shots_per_second": np.nan}]
-    found = scenes.find_scenes(path, row["fps"], recipe.scenes)
+    found, fingerprint = scenes.find_scenes(path, row["fps"], recipe.scenes)
     base |= {"num_scenes": float(len(found)), "shots_per_second": len(found) / row["duration_seconds"]}
     spans = scenes.draw_spans(
-        found, recipe.sampling, lambda scene: scenes.generator_of(recipe.seed, row["video"], scene)
+        found, recipe.sampling, lambda scene: scenes.generator_of(recipe.seed, fingerprint, scene)
     )
     return [
         base | {"start_seconds": s.start, "end_seconds": s.end, "clip_seconds": s.seconds} for s in spans
