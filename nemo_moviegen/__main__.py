@@ -129,27 +129,36 @@ def average_command(options):
 
 
 def encode_command(options):
-    """Write the latents and text features of a manifest's clips."""
+    """Write the latents and text features of the clips of manifests."""
+    from nemo_moviegen.buckets import bucket_set
+    from nemo_moviegen.data.encoded import told
     from nemo_moviegen.encode import encode
     from nemo_moviegen.tables import find_size
     from nemo_moviegen.text_encoders import write_toy_encoders
 
     size, _ = find_size(options.model or ("video_tiny" if options.toy_encoders else "video_30b"))
-    bucket = _bucket(options)
+    if options.buckets == "single":
+        shapes = {"bucket": _bucket(options)}
+    elif options.frames or options.size or options.fps:
+        raise ValueError(
+            f"--buckets {options.buckets} says what shapes clips get: drop --frames, --size, --fps"
+        )
+    else:
+        shapes = {"bucket_set": bucket_set(options.buckets)}
     if options.toy_encoders:
         write_toy_encoders(options.encoders, size.contexts)
     done = encode(
-        options.manifest,
+        options.manifests,
         options.autoencoder,
         options.encoders,
         options.output,
-        bucket=bucket,
         context_sizes=size.contexts,
+        task=options.task,
         batch_size=options.batch,
         num_threads=options.threads,
+        **shapes,
     )
-    left_out = f"; {len(done['quarantined'])} left out, see quarantine" if done["quarantined"] else ""
-    print(f"{options.output}: {done['train']} samples, {done['heldout']} held out{left_out}")
+    print(told(options.output, done))
 
 
 def demo_command(options):

@@ -80,12 +80,24 @@ def _parser():
     add("--of", choices=("ema", "weights"), help="what to average (the EMA, where all checkpoints have one)")
 
     add = command("encode", "write the latents and text features of a manifest's clips")
-    add("--manifest", required=True, help="clip manifest, as `shapes` and `cut` write it")
+    add(
+        "--manifest",
+        action="append",
+        required=True,
+        dest="manifests",
+        help="clip manifest, as `shapes`, `cut` and `curate` write it; may be given several times",
+    )
     add("--autoencoder", required=True, help="run folder of the autoencoder")
     add("--encoders", required=True, help="folder of the text encoders")
     add("--output", required=True, help="folder for the latents; held-out clips go to OUTPUT_heldout")
     add("--model", help="size or recipe the features are for (video_30b; video_tiny with toy encoders)")
     add("--toy-encoders", action="store_true", help="first write small encoders with seeded random weights")
+    add(
+        "--buckets",
+        default="single",
+        help="single (one shape for all), or what each clip fits of video_768, video_256, tiny (%(default)s)",
+    )
+    add("--task", type=_task, default=(0, 1), metavar="I/N", help="be one of N tasks that share the work")
     add("--frames", type=int, help="frames of a clip; this and the next two default to the autoencoder's own")
     add("--size", type=_frame_size, metavar="HxW", help="in pixels")
     add("--fps", type=float, help="frames a second")

@@ -71,7 +71,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     """The stages in order, for a demo below the folder `out`."""
     import recipes
     from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, BIG_BUCK_BUNNY_CAPTION
-    from nemo_moviegen.encode import heldout_folder
+    from nemo_moviegen.validation import heldout_folder
 
     tae, t2i, t2iv = (recipes.get(name) for name in ("tiny.tae", "tiny.t2i", "tiny.t2iv"))
     clips, latents, encoders = out / "clips", out / "latents", out / "encoders"

@@ -167,7 +167,7 @@ def write_latents(folder, num_samples=48):
     import recipes
     from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
     from nemo_moviegen.data.latents import LatentSample
-    from nemo_moviegen.encode import heldout_folder
+    from nemo_moviegen.validation import heldout_folder
 
     recipe, rng = recipes.get("tiny.t2iv"), np.random.default_rng(0)
     size, area = recipe.size, (recipe.latent_height, recipe.latent_width)

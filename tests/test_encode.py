@@ -14,13 +14,14 @@ from nemo_moviegen.data.dali import ClipLoader
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.synthetic import write_moving_shapes
-from nemo_moviegen.encode import encode, heldout_folder
+from nemo_moviegen.encode import encode
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.recipe import RECIPE_FILE, AutoencoderSize, Bucket, recipe_yaml
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE
+from nemo_moviegen.validation import heldout_folder
 from recipes import tiny
 
 CONTEXTS = VIDEO_TINY.contexts
@@ -55,7 +56,7 @@ def stage(tmp_path_factory, autoencoder):
 def run(stage, output, clips=None, **settings):
     manifest = write_manifest(output.parent / f"{output.name}.parquet", clips or stage.clips)
     settings = {"bucket": BUCKET, "context_sizes": CONTEXTS, "batch_size": 2} | settings
-    return encode(manifest, settings.pop("tae", stage.tae), stage.encoders, output, **settings)
+    return encode([manifest], settings.pop("tae", stage.tae), stage.encoders, output, **settings)
 
 
 def raw(reader, row):
@@ -134,11 +135,11 @@ def test_unreadable_clips_are_named_and_counted_and_the_rest_is_encoded(stage, t
         for name in ("empty", "text", "absent")
     ]
     train = [clip for clip in stage.clips if clip.split == "train"]
-    with caplog.at_level(logging.WARNING, logger="nemo_moviegen.encode"):
+    with caplog.at_level(logging.WARNING, logger="nemo_moviegen.data.encoded"):
         summary = run(stage, tmp_path / "latents", clips=[bad[0], *train[:3], bad[1], *train[3:], bad[2]])
     assert summary["train"] == 10 and summary["quarantined"] == ["empty", "text", "absent"]
-    (record,) = [r for r in caplog.records if r.name == "nemo_moviegen.encode"]
-    assert "3 of 13 clips" in record.getMessage() and "empty, text, absent" in record.getMessage()
+    (record,) = [r for r in caplog.records if r.name == "nemo_moviegen.data.encoded"]
+    assert "3 clips were left out" in record.getMessage() and "empty, text, absent" in record.getMessage()
     lines = (tmp_path / "latents" / "quarantine.jsonl").read_text().splitlines()
     assert {json.loads(line)["clip_id"] for line in lines} == {"empty", "text", "absent"}
     assert len(LatentReader(tmp_path / "latents")) == 10
@@ -189,7 +190,9 @@ def test_a_manifest_without_training_clips_is_refused(stage, tmp_path):
     with pytest.raises(ValueError, match="no clip of the split train"):
         run(stage, tmp_path / "latents", clips=heldout)
     with pytest.raises(ValueError, match="no clip manifest"):
-        encode(tmp_path / "no.parquet", "x", stage.encoders, tmp_path, bucket=BUCKET, context_sizes=CONTEXTS)
+        encode(
+            [tmp_path / "no.parquet"], "x", stage.encoders, tmp_path, bucket=BUCKET, context_sizes=CONTEXTS
+        )
 
 
 def test_online_text_gives_the_encoded_features_bit_for_bit(stage, encoded):

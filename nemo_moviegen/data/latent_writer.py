@@ -24,6 +24,7 @@ from nemo_moviegen.data.shards import (
 )
 
 _FACTS = b"moviegen"  # key of the table's own metadata
+_TOO_LARGE = 65520  # what float16 rounds to infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +55,31 @@ class ShardWriter:
         self.folder, self.name = Path(folder), name
         self.folder.mkdir(parents=True, exist_ok=True)
         self._path = self.folder / f"{name}.tar"
-        self._part = part_of(self._path)
-        with named_if_full(self._path, self._part):
-            self._file = self._part.open("wb")
+        self.part = part_of(self._path)
+        """Where it is written until it is whole."""
+        with named_if_full(self._path, self.part):
+            self._file = self.part.open("wb")
         self._rows, self._offset = [], 0
         self._count, self._sum_C, self._squares_C = 0, 0.0, 0.0
 
     def __len__(self):
         return len(self._rows)
 
+    def problem(self, sample) -> str:
+        """Why `add` refuses a sample: it holds what float16 cannot; "" where it does not."""
+        for part, array in ({"latents": sample.latent_TCHW} | sample.contexts).items():
+            if not np.abs(array).max(initial=0) < _TOO_LARGE:
+                return f"sample {sample.clip_id}: {part} are not finite in float16 (largest 65504)"
+        return ""
+
     def add(self, sample, source=""):
         """Append one sample. ValueError for other channels, or values float16 cannot hold."""
-        with np.errstate(over="ignore"):  # _check names the sample
-            latent_TCHW = np.asarray(sample.latent_TCHW, np.float16)
-            contexts = as_stored(sample.contexts)
-        self._check(sample, latent_TCHW, contexts)
+        self._check(sample)
+        latent_TCHW, contexts = np.asarray(sample.latent_TCHW, np.float16), as_stored(sample.contexts)
         facts = {"clip_id": sample.clip_id, "caption": sample.caption, "fps": sample.fps}
         key = f"{sample.sample_id:019d}"
         span = pack_sample(key, latent_TCHW, contexts, facts | {"sample_id": sample.sample_id})
-        with named_if_full(self._path, self._part):
+        with named_if_full(self._path, self.part):
             self._file.write(span)
         axes = ("latent_frames", "channels", "latent_height", "latent_width")
         self._rows.append(
@@ -90,15 +97,15 @@ class ShardWriter:
     def finish(self, wanted="", provenance=None, quarantined=()):
         """Put the shard and its table in their place. No shard where no sample was added."""
         if self._rows:
-            with named_if_full(self._path, self._part):
+            with named_if_full(self._path, self.part):
                 self._file.write(END_OF_TAR)
                 self._file.flush()
                 os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._part, self._path)
+            os.replace(self.part, self._path)
         else:
             self._file.close()
-            self._part.unlink()
+            self.part.unlink()
             self._path.unlink(missing_ok=True)
         facts = {
             "wanted": wanted,
@@ -119,10 +126,10 @@ class ShardWriter:
     def __exit__(self, kind, error, trace):
         with contextlib.suppress(OSError):  # what does not fit the disk now did not before
             self._file.close()
-        self._part.unlink(missing_ok=True)
+        self.part.unlink(missing_ok=True)
 
-    def _check(self, sample, latent_TCHW, contexts):
-        name = f"sample {sample.clip_id}"
+    def _check(self, sample):
+        name, latent_TCHW = f"sample {sample.clip_id}", sample.latent_TCHW
         if latent_TCHW.ndim != 4 or not latent_TCHW.size:
             raise ValueError(f"{name}: latents of shape {latent_TCHW.shape} are not [T, C, H, W]")
         if self._rows and latent_TCHW.shape[1] != self._rows[0]["channels"]:
@@ -130,9 +137,8 @@ class ShardWriter:
                 f"{name}: {latent_TCHW.shape[1]} latent channels, those before it have "
                 f"{self._rows[0]['channels']}; encode all with one autoencoder"
             )
-        for part, array in ({"latents": latent_TCHW} | contexts).items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name}: {part} are not finite in float16 (largest 65504)")
+        if problem := self.problem(sample):
+            raise ValueError(problem)
 
 
 class LatentWriter:
