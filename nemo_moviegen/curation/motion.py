@@ -59,7 +59,7 @@ def camera_motion(look) -> tuple[str, float]:
     return (label, confidence) if label and confidence >= 0.7 else ("", confidence)
 
 
-camera_motion.version = "2"
+camera_motion.version = "3"
 
 
 def _camera_step(flow_HW2, luma_HW):
@@ -101,7 +101,7 @@ def _label(x_P, y_P, growth_P):
     x, y = x_P.mean(), y_P.mean()
     steadiness = np.hypot(x, y) / shift_P.mean()
     if steadiness < 0.4:
-        return "handheld shot"
+        return "handheld shot" if _turns(x_P, y_P) else ""
     if steadiness < 0.9:
         return ""
     if abs(x) > 3 * abs(y):
@@ -109,6 +109,13 @@ def _label(x_P, y_P, growth_P):
     if abs(y) > 3 * abs(x):
         return "tilt up" if y > 0 else "tilt down"
     return ""
+
+
+def _turns(x_P, y_P):
+    """Whether the direction of one step says little about the next: as in a shaking hand."""
+    steps_P2 = np.stack([x_P, y_P], axis=1)
+    along = (steps_P2[1:] * steps_P2[:-1]).sum(axis=1)
+    return along.mean() < 0.5 * (steps_P2**2).sum(axis=1).mean()
 
 
 def _is_steady(values_P):

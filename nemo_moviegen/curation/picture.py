@@ -18,15 +18,16 @@ def border_share(look) -> float:
     is shortest, that ends there in an edge along most of the line (first derivative). So neither sky nor a
     plain background is a bar. Bars filled with a blurred picture are not found.
     """
-    frames = [np.float32(frame_HWC) for frame_HWC in look.frames_THWC]
-    turned = [frame_HWC.transpose(1, 0, 2) for frame_HWC in frames]
+    # in luma: at half its resolution, colour runs over the edge
+    frames = [_luma(np.float32(frame_HWC)) for frame_HWC in look.frames_THWC]
+    turned = [luma_HW.T for luma_HW in frames]
     height, width = look.frames_THWC.shape[1:3]
     top, bottom = _bar(frames), _bar([frame[::-1] for frame in frames])
     left, right = _bar(turned), _bar([frame[::-1] for frame in turned])
     return 1 - (height - top - bottom) * (width - left - right) / (height * width)
 
 
-border_share.version = "2"
+border_share.version = "3"
 
 
 def aesthetics(look) -> float:
@@ -57,22 +58,21 @@ quality.version = "2"
 
 
 def _bar(frames):
-    """Number of lines of the bar at line 0 of all frames, each [lines, pixels, C]; 0 where there is none."""
+    """Number of lines of the bar at line 0 of all frames, each luma [lines, pixels]; 0 for none."""
     shortest, has_edge = None, False
-    for lines_NMC in frames:
-        if lines_NMC[0].std(axis=0).max() >= _FLAT:  # so with most pictures: spare them the rest
+    for luma_NM in frames:
+        if luma_NM[0].std() >= _FLAT:  # so with most pictures: spare them the rest
             return 0
-        spread_N, color_NC = lines_NMC.std(axis=1).max(axis=1), lines_NMC.mean(axis=1)
-        is_plain_N = (spread_N < _FLAT) & (np.abs(color_NC - color_NC[0]).max(axis=1) < _FLAT)
+        mean_N = luma_NM.mean(axis=1)
+        is_plain_N = (luma_NM.std(axis=1) < _FLAT) & (np.abs(mean_N - mean_N[0]) < _FLAT)
         if is_plain_N.all():  # a fade: it says nothing about bars
             continue
         length = int(np.argmin(is_plain_N))
         if shortest is None or length < shortest - 1:
             shortest, has_edge = length, False
         if length <= shortest + 1:
-            # scaling blurs the edge over a line or two: compare with what lies behind them
-            inside_MC = lines_NMC[min(length + 1, len(lines_NMC) - 1)]
-            steps_M = np.abs(inside_MC - color_NC[0]).max(axis=1)
+            # scaling and coding blur the edge over a few lines
+            steps_M = np.abs(luma_NM[length : length + 4] - mean_N[0]).max(axis=0)
             has_edge |= bool((steps_M > _EDGE).mean() >= _EDGE_SHARE)
     return shortest if shortest and has_edge else 0
 

@@ -3,6 +3,8 @@
 import io
 import math
 import os
+import re
+from collections import Counter
 from datetime import datetime
 
 import numpy as np
@@ -88,7 +90,7 @@ def _shown(number, step, table, selection, recipe):
         limits = [limit for limit in (entry.low, entry.high) if math.isfinite(limit)]
         away = [min((abs(score_N[row] - limit) for limit in limits), default=0.0) for row in dropped]
         dropped = dropped[np.argsort(away, kind="stable")]
-    lots = [chance(recipe.seed, "shown", int(row)) for row in kept]
+    lots = [chance(recipe.seed, number, int(row)) for row in kept]
     return {
         "dropped": [int(row) for row in dropped[:NUM_SHOWN]],
         "kept": [int(row) for row in kept[np.argsort(lots)][:NUM_SHOWN]] if len(dropped) else [],
@@ -150,16 +152,9 @@ def _cameras(table, selection):
 
 
 def _reasons(reasons):
-    """Number of files by kind of reason: its words up to the first number, bracket or path."""
-    kinds = {}
+    """Number of files by kind of reason: its first words, without paths and numbers."""
+    kinds = Counter()
     for reason in reasons:
-        words = []
-        for word in reason.split():
-            if any(sign in word for sign in "/(0123456789"):
-                continue
-            words.append(word)
-            if word.endswith((":", ";", ",")):
-                break
-        kind = " ".join(words).rstrip(":;,")
-        kinds[kind] = kinds.get(kind, 0) + 1
+        words = [word for word in re.split(r"[(;:]", reason)[0].split() if "/" not in word]
+        kinds[re.sub(r"[0-9.]*[0-9]", "N", " ".join(words))] += 1
     return sorted(((count, kind) for kind, count in kinds.items()), reverse=True)

@@ -43,11 +43,11 @@ def find_scenes(path, fps, settings) -> tuple[list[Span], tuple[int, ...]]:
     seconds_N, cuts, last, light = [], [], None, np.zeros((4, 4, 3))
     for seconds, frame in decode(path):
         image = narrowed(frame, settings.width_px, "bgr24")
-        cuts += detector.process_frame(FrameTimecode(len(seconds_N), fps), image)
+        cuts += detector.process_frame(FrameTimecode(len(seconds_N), float(fps)), image)
         light += cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA)
         seconds_N.append(seconds)
         last = frame
-    cuts += detector.post_process(FrameTimecode(len(seconds_N), fps))
+    cuts += detector.post_process(FrameTimecode(len(seconds_N), float(fps)))
     shown = float(last.duration * last.time_base) if last.duration else 1 / fps
     starts = [seconds_N[0], *sorted({seconds_N[cut.frame_num] for cut in cuts} - {seconds_N[0]})]
     spans = [Span(a, b) for a, b in zip(starts, [*starts[1:], seconds_N[-1] + shown], strict=True)]

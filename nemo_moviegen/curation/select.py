@@ -87,8 +87,9 @@ def _filter(selection, table, recipe):
         if entry.column not in (*HEADER_COLUMNS, *CLIP_COLUMNS):
             stays_N = stays_N | ~has_clip_N
         selection.apply(Step(name=entry.name, condition=entry.text, column=entry.column), stays_N)
-    condition = f"a scene of {recipe.sampling.shortest_seconds:g} s"
-    selection.apply(Step(name="clip", condition=condition), has_clip_N)
+    if not has_clip_N[selection.kept].all():  # the recipe has no filter on clip_seconds
+        condition = f"a scene of {recipe.sampling.shortest_seconds:g} s"
+        selection.apply(Step(name="clip", condition=condition), has_clip_N)
 
 
 def _caption(selection, videos, recipe, read_caption):
