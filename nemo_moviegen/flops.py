@@ -5,8 +5,9 @@ all layers plus a learned offset a layer, three position tables shared by all la
 with a LayerNorm for each text encoder.
 
 FLOPs are those of matrix products, a multiply-add counted as 2; element-wise work is not counted, as
-peak FLOP/s leaves it out too. Attention is full: queries against all keys, no causal half. The backward
-pass is counted as twice the forward pass, so training costs three forward passes.
+peak FLOP/s leaves it out too. Attention is full: queries against all keys, no causal half; a pack costs the
+sum of its clips, which do not see each other. The backward pass is counted as twice the forward pass, so
+training costs three forward passes.
 """
 
 TRAIN_PASSES = 3

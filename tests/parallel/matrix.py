@@ -140,6 +140,10 @@ def _rows() -> dict:
         cases.append((ranks, layout, "uneven token counts", {"batches": "uneven"}))
     for ranks, layout in ((2, TP2SP), (2, CP2), (8, TP2SP_CP2)):
         cases.append((ranks, layout, "prompts of 1 to 15 tokens", {"batches": "prompts"}))
+    for ranks, layout in ((1, ALONE), (2, TP2), (2, TP2SP), (2, CP2), (4, CP4), (4, TP2SP_CP2)):
+        cases.append((ranks, layout, "a pack of five shapes", {"batches": "a pack", "reference": "mixed"}))
+    for ranks, layout in ((2, ALONE), (8, TP2SP_CP2)):
+        cases.append((ranks, layout, "packs of four and one", {"batches": "two packs", "reference": "mixed"}))
     return {
         (ranks, ", ".join(filter(None, (_name(ranks, layout), what))), sharding): Row(
             ranks=ranks, layout=replace(layout, sharding=sharding), **fields
