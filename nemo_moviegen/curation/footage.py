@@ -49,11 +49,14 @@ def read_facts(path) -> tuple[Facts, np.ndarray]:
         rate = stream.average_rate or stream.guessed_rate
         if not rate:
             raise ValueError("its header names no frame rate")
+        seconds = _duration(container, stream)[0] if len(frames) > 1 else float(1 / rate)
+        if not seconds > 0:
+            raise ValueError("its duration is not known: it is a bare stream; put it into a container")
         facts = Facts(
             codec=stream.codec_context.name,
             kind="video" if len(frames) > 1 else "image",
             fps=float(rate),
-            duration_seconds=_duration(container, stream)[0] if len(frames) > 1 else float(1 / rate),
+            duration_seconds=seconds,
             width_px=size[1],
             height_px=size[0],
             bit_depth=max(component.bits for component in first.format.components),
@@ -175,6 +178,8 @@ def _first_frames(stream, container):
 
 def _duration(container, stream):
     """Seconds of the video stream, and whether it is the stream's own and not that of a longer sound."""
+    import av
+
     if stream.duration:
         return float(stream.duration * stream.time_base), True
     if text := stream.metadata.get("DURATION"):  # Matroska: 00:01:02.500000000
@@ -182,8 +187,11 @@ def _duration(container, stream):
         return 3600 * hours + 60 * minutes + seconds, True
     if container.duration:
         return container.duration / 1e6, not container.streams.audio
-    # no header has it: the packets do
-    container.seek(0)
+    # no header has it: the packets do, unless they are a bare stream without times
+    try:
+        container.seek(0)
+    except av.FFmpegError:
+        return math.nan, False
     ends = [
         (packet.pts - (stream.start_time or 0)) * stream.time_base
         for packet in container.demux(stream)
