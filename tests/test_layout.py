@@ -158,3 +158,7 @@ def test_the_nearest_bucket_fits_and_no_nearer_one_does(size, divisor, data):
     assert abs(size.num_tokens(found) - tokens) == min(abs(size.num_tokens(s) - tokens) for s in fitting)
     if tokens % divisor == 0:
         assert found == asked
+
+
+def test_a_pack_holds_as_many_tokens_as_the_largest_latent():
+    assert recipes.get(TWELVE_HEADS_A_RANK).pack_tokens == 73_728  # 256 frames of 768 px
