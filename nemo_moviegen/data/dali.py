@@ -1,30 +1,32 @@
-"""Clips as batches of frames, decoded by one DALI pipeline. The only file that imports DALI.
+"""Clips as batches of frames, delivered by one DALI pipeline. The only file that imports DALI.
 
-    row -> packets + frame numbers -> decode -> resize to cover -> centre crop -> [-1, 1]
-           read_clip, in threads      `------------- DALI, in the background -------------'
+    on a CPU:    row -> PyAV, several clips at once: decode, resize to cover, crop -> DALI: to [-1, 1], layout
+    on a GPU:    row -> packets + frame numbers -> DALI: NVDEC, resize to cover, crop, to [-1, 1], layout
 
-On a CPU (device_id=None) DALI decodes VP8, VP9 and MJPEG itself; it has no CPU decoder for H.264, H.265 and
-others, so PyAV's frames enter the same pipeline through a conditional. With a GPU, NVDEC decodes everything.
-Nothing else differs.
+Both read the same frames and fit them alike (frames.py, fit.py). DALI could decode VP8, VP9 and MJPEG on a
+CPU too, with decoder="dali": it takes about three times the processor of PyAV, which scales a frame before
+it has its colours (benchmarks/README.md). That way shows on any machine that the GPU's graph is right.
+
+No checkpoint of DALI's own is taken: nothing in the graph has a state. Which rows make batch k is a function
+of the order, and the order one of seed and step; a loader over the order from step k on delivers the batches
+an uninterrupted one would, bit for bit, also after bad files, with `substitute`.
 """
 
-import queue
-import threading
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
+from nemo_moviegen.data.ahead import ahead
 from nemo_moviegen.data.clips import record_unusable
+from nemo_moviegen.data.fit import WHITE
 from nemo_moviegen.data.frames import read_clip
+from nemo_moviegen.data.kinds import RowsByKind
 
 CPU_CODECS = ("vp8", "vp9", "mjpeg")
 """What `fn.decoders.video` decodes without a GPU (DALI 2.4)."""
-_NOTHING = np.zeros(1, np.uint8)
-_NO_FRAME = np.zeros(1, np.int32)
-_NO_PICTURE = np.zeros((1, 1, 1, 3), np.uint8)
-_LOOK_AHEAD = 4096  # rows a batch may look ahead for others of its kind: integers only
+READY = 2
+"""Finished batches that wait."""
 
 
 class ClipLoader:
@@ -32,7 +34,8 @@ class ClipLoader:
 
     `order` is an iterable of row indices, finite or not; iterating the loader again starts it anew. A batch
     holds clips of the bucket's length or images (T = 1), never both: it is filled with the next rows of the
-    kind its first row has. The last batch of a finite order may be smaller.
+    kind its first row has. The last batch of a finite order may be smaller. `fps` is a frame rate for each
+    clip; without it, all have the bucket's.
 
     A file that cannot be used is logged by name, appended to the file `quarantine` (JSON lines: clip_id,
     path, reason), counted in `quarantined` and not tried again. Its place in the batch goes to the next row
@@ -40,7 +43,8 @@ class ClipLoader:
     next usable clip of its kind in `clips` instead, whatever was read before: batches stay those of the
     order, on every rank and after a resume. ValueError where nothing readable is left.
 
-    A thread of its own decodes ahead; two batches wait, no more.
+    A thread of its own works ahead; `num_threads` more decode a clip each, and those of the next batch as
+    soon as there is room. `most_bytes` says what waits at most; on a CPU beside a GPU batches are pinned.
     """
 
     def __init__(
@@ -54,68 +58,81 @@ class ClipLoader:
         num_threads=1,
         quarantine=None,
         substitute=False,
+        fps=None,
+        decoder=None,
     ):
         if batch_size < 1 or num_threads < 1:
             raise ValueError(f"batch_size {batch_size} and num_threads {num_threads} count from 1")
-        self.clips, self.bucket, self.order = clips, bucket, order
+        if fps is not None and len(fps) != len(clips):
+            raise ValueError(f"{len(fps)} frame rates for {len(clips)} clips: give one for each, or none")
+        if decoder not in (None, "dali"):
+            raise ValueError(f"decoder is {decoder!r}; use dali, or None for the fastest")
+        self.clips, self.bucket, self.order, self.fps = clips, bucket, order, fps
         self.batch_size, self.device_id, self.num_threads = batch_size, device_id, num_threads
         self.quarantine, self.substitute = quarantine, substitute
+        self.dali_decodes = device_id is not None or decoder == "dali"
         self.bad_rows = set()
         self._pipelines = {}
+        self._reading = {}  # row -> future of its clip
 
     @property
     def quarantined(self) -> int:
         """Clips found unusable so far."""
         return len(self.bad_rows)
 
-    def __iter__(self):
-        ready, stop = queue.Queue(maxsize=2), threading.Event()
-        worker = threading.Thread(target=self._work, args=(ready, stop), name="clip-loader", daemon=True)
-        worker.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-        finally:  # also when the caller stops early
-            stop.set()
-            while worker.is_alive():
-                _drain(ready)
-                worker.join(timeout=0.05)
+    @property
+    def most_bytes(self) -> int:
+        """Host memory that frames take at most while they wait: it does not grow with a clip's file.
 
-    def _work(self, ready, stop):
+        Finished batches, the one under way (twice where bad files leave gaps) and DALI's own, in float32; and the clips read ahead, in 16 bits.
+        Not in it: the compressed packets and the few source frames of `num_threads` clips, and what was
+        handed out. With a GPU, where frames never wait on the host, it is more than is used.
+        """
+        pixels = self.bucket.num_frames * 3 * self.bucket.height_px * self.bucket.width_px
+        return pixels * (4 * (READY + 3) * self.batch_size + 2 * (self.batch_size + self._num_ahead))
+
+    @property
+    def _num_ahead(self):
+        return max(self.batch_size, self.num_threads)  # a batch of one still keeps all threads busy
+
+    def __iter__(self):
+        return ahead(self._batches(), READY)
+
+    def _batches(self):
+        readers = ThreadPoolExecutor(self.num_threads, thread_name_prefix="clip-reader")
         try:
-            with ThreadPoolExecutor(self.num_threads) as readers:
-                rows = _RowsByKind(self.order, self.clips)
-                while not stop.is_set() and (batch := self._next_batch(rows, readers)):
-                    ready.put(batch)
-            ready.put(None)
-        except Exception as error:  # handed over: it is raised where the loader is iterated
-            ready.put(error)
+            rows = RowsByKind(self.order, self.clips)
+            while batch := self._next_batch(rows, readers):
+                yield batch
+        finally:
+            readers.shutdown(cancel_futures=True)
+            self._reading.clear()
+            self._pipelines.clear()
 
     def _next_batch(self, rows, readers):
         """Frames and rows of the next batch; None at the end."""
         while kind := rows.next_kind():
             fill = self._with_substitutes if self.substitute else self._with_next_rows
             if taken := fill(kind, rows, readers):
-                return torch.stack([video_TCHW for video_TCHW, _ in taken]), [row for _, row in taken]
+                return _stack([video_TCHW for video_TCHW, _ in taken]), [row for _, row in taken]
         return None
 
     def _with_next_rows(self, kind, rows, readers):
         """[(frames, row)] of a batch, refilled until it is whole or its kind has run out."""
         taken = []
         while wanted := self._take(rows, kind, self.batch_size - len(taken)):
-            frames = self._load(kind, wanted, readers)
+            frames = self._load(kind, wanted, rows, readers)
             taken += [(frames[row], row) for row in wanted if row in frames]
         return taken
 
     def _with_substitutes(self, kind, rows, readers):
         """[(frames, row)] of a batch, every place filled."""
         places = [row for _ in range(self.batch_size) if (row := rows.next_of(kind)) is not None]
-        frames = {}
-        while missing := [row for row in map(self._usable, places) if row not in frames]:
-            frames |= self._load(kind, missing, readers)
-        return [(frames[row], row) for row in map(self._usable, places)]
+        frames, chosen = {}, [self._usable(row) for row in places]
+        while missing := [row for row in chosen if row not in frames]:
+            frames |= self._load(kind, missing, rows, readers)
+            chosen = [self._usable(row) for row in places]
+        return [(frames[row], row) for row in chosen]
 
     def _usable(self, row):
         """The row, or the next of its kind not known to be bad."""
@@ -140,53 +157,59 @@ class ClipLoader:
         where = f"; see {self.quarantine}" if self.quarantine else ""
         return ValueError(f"no readable {kind} is left: all {self.quarantined} tried are bad{where}")
 
-    def _load(self, kind, rows, readers):
-        """Frames [T, C, H, W] by row, of the rows that are usable."""
-        samples = [sample for sample in readers.map(self._read, dict.fromkeys(rows)) if sample is not None]
-        video_BTCHW, kept = self._decode(kind, samples) if samples else ((), [])
+    def _load(self, kind, wanted, rows, readers):
+        """Frames [T, C, H, W] by row, of the wanted rows that are usable; has those to come read meanwhile."""
+        wanted = list(dict.fromkeys(wanted))
+        for row in [*wanted, *rows.coming(rows.next_kind() or kind, self._num_ahead)]:
+            if row not in self._reading and row not in self.bad_rows:
+                self._reading[row] = readers.submit(self._read, row)
+        read = []
+        for row in wanted:
+            clip = self._reading.pop(row).result()
+            if isinstance(clip, ValueError):
+                self._reject(row, str(clip))
+            else:
+                read.append(clip)
+        video_BTCHW, kept = self._deliver(kind, read) if read else ((), [])
         return dict(zip(kept, video_BTCHW, strict=True))
 
     def _read(self, row):
+        """The clip, read; the ValueError where it is not usable."""
+        fps = self.bucket.fps if self.fps is None else float(self.fps[row])
+        if not fps > 0:
+            raise ValueError(f"the frame rate of clip {self.clips[row].clip_id} is {fps}; use one above 0")
         try:
-            return read_clip(
-                self.clips[row], row, self.bucket.num_frames, self.bucket.fps, self._decodes_with_dali
-            )
+            return read_clip(self.clips[row], row, self.bucket, fps, self.dali_decodes)
         except ValueError as error:
-            return self._reject(row, str(error))
+            return error
 
-    def _decodes_with_dali(self, codec):
-        return self.device_id is not None or codec in CPU_CODECS
-
-    def _decode(self, kind, samples):
-        """Frames and rows of the samples DALI could decode."""
+    def _deliver(self, kind, read):
+        """Frames and rows of the clips DALI could deliver."""
         try:
-            return self._run(kind, samples), [sample.row for sample in samples]
+            return self._run(kind, read), [clip.row for clip in read]
         except RuntimeError as error:
             # DALI fails the batch as a whole and its pipeline with it: find the culprit one by one
             del self._pipelines[kind]
-            if len(samples) > 1:
-                parts = [self._decode(kind, [sample]) for sample in samples]
+            if len(read) > 1:
+                parts = [self._deliver(kind, [clip]) for clip in read]
                 videos = [video for video, kept in parts if kept]
                 return (torch.cat(videos) if videos else ()), [row for _, kept in parts for row in kept]
-            clip = self.clips[samples[0].row]
-            self._reject(samples[0].row, f"clip {clip.clip_id}: {clip.path}: corrupt: {_dali_reason(error)}")
+            clip = self.clips[read[0].row]
+            self._reject(read[0].row, f"clip {clip.clip_id}: {clip.path}: corrupt: {_dali_reason(error)}")
             return (), []
 
-    def _run(self, kind, samples):
+    def _run(self, kind, read):
         if kind not in self._pipelines:
-            self._pipelines[kind] = _build(self.bucket, self.batch_size, self.num_threads, self.device_id)
+            build = _decode_and_fit if self.dali_decodes else _normalise
+            self._pipelines[kind] = build(self.bucket, self.batch_size, self.num_threads, self.device_id)
         pipeline = self._pipelines[kind]
-        by_dali = [sample.packets is not None for sample in samples]
-        pipeline.feed_input("packets", [s.packets if s.packets is not None else _NOTHING for s in samples])
-        pipeline.feed_input("frames", [s.frames if s.frames is not None else _NO_FRAME for s in samples])
-        if self.device_id is None:
-            pictures = [s.decoded_THWC if s.decoded_THWC is not None else _NO_PICTURE for s in samples]
-            pipeline.feed_input("decoded", pictures)
-            pipeline.feed_input("by_dali", [np.array(b) for b in by_dali])
+        for name, arrays in (_to_decode(read) if self.dali_decodes else _decoded(read)).items():
+            pipeline.feed_input(name, arrays)
         (output,) = pipeline.run()
-        if self.device_id is None:
-            return torch.from_numpy(np.array(output.as_tensor()))  # a copy: DALI uses its buffer again
-        return _from_gpu(output.as_tensor(), self.device_id)
+        if self.device_id is not None:
+            return _from_gpu(output.as_tensor(), self.device_id)
+        delivered = torch.from_numpy(np.asarray(output.as_tensor()))  # DALI's memory: it uses it again
+        return _empty(delivered.shape).copy_(delivered)
 
     def _reject(self, row, reason):
         if row not in self.bad_rows:
@@ -194,38 +217,27 @@ class ClipLoader:
             record_unusable(self.quarantine, self.clips[row].clip_id, self.clips[row].path, reason)
 
 
-class _RowsByKind:
-    """An order of rows, taken by kind: rows of the other kind wait their turn."""
-
-    def __init__(self, order, clips):
-        self._order, self._clips = enumerate(order), clips
-        self._waiting = {"video": deque(), "image": deque()}
-
-    def next_kind(self):
-        """Kind of the earliest row not taken yet; None at the end."""
-        if not any(self._waiting.values()) and not self._pull():
-            return None
-        return min((deque_[0][0], kind) for kind, deque_ in self._waiting.items() if deque_)[1]
-
-    def next_of(self, kind):
-        """The next row of this kind; None where the order, or the look-ahead, holds no more."""
-        other = self._waiting["image" if kind == "video" else "video"]
-        while not self._waiting[kind]:
-            if len(other) >= _LOOK_AHEAD or not self._pull():
-                return None
-        return self._waiting[kind].popleft()[1]
-
-    def _pull(self):
-        for position, row in self._order:
-            self._waiting[self._clips[row].kind].append((position, row))
-            return True
-        return False
-
-
-def _build(bucket, batch_size, num_threads, device_id):
+def _normalise(bucket, batch_size, num_threads, device_id):
+    """The graph for clips that PyAV decoded and fitted."""
     from nvidia.dali import fn, pipeline_def, types
 
-    on_gpu = device_id is not None
+    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1)
+    def clips():
+        pictures = fn.external_source(
+            name="pictures", dtype=types.UINT16, ndim=4, layout="FCHW", no_copy=True
+        )
+        return fn.crop_mirror_normalize(
+            pictures, mean=[WHITE / 2] * 3, std=[WHITE / 2] * 3, output_layout="FCHW", dtype=types.FLOAT
+        )
+
+    pipeline = clips()
+    pipeline.build()
+    return pipeline
+
+
+def _decode_and_fit(bucket, batch_size, num_threads, device_id):
+    """The graph for clips that DALI decodes: NVDEC's on a GPU, its own decoder's on a CPU."""
+    from nvidia.dali import fn, pipeline_def, types
 
     @pipeline_def(
         batch_size=batch_size,
@@ -237,20 +249,22 @@ def _build(bucket, batch_size, num_threads, device_id):
     def clips():
         packets = fn.external_source(name="packets", dtype=types.UINT8, ndim=1)
         frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-        if on_gpu:
-            video = fn.decoders.video(packets, device="mixed", frames=frames)
+        size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
+        # read on the host also for a GPU, where they are arguments and conditions
+        angle = fn.external_source(name="angle", dtype=types.FLOAT, ndim=0)
+        mirrored = fn.external_source(name="mirrored", dtype=types.INT32, ndim=0)
+        video = fn.decoders.video(packets, device="cpu" if device_id is None else "mixed", frames=frames)
+        # float between the steps: rounding to whole levels twice would show
+        video = fn.resize(video, size=size, antialias=True, dtype=types.FLOAT)
+        if angle != 0:
+            upright = fn.rotate(video, angle=angle, interp_type=types.INTERP_NN)
         else:
-            decoded = fn.external_source(name="decoded", dtype=types.UINT8, ndim=4, layout="FHWC")
-            if fn.external_source(name="by_dali", dtype=types.BOOL, ndim=0):
-                video = fn.decoders.video(packets, device="cpu", frames=frames)
-            else:
-                video = decoded
-        size = {"resize_x": bucket.width_px, "resize_y": bucket.height_px}
-        # float between the two steps: rounding to whole levels twice would show
-        video = fn.resize(video, **size, mode="not_smaller", antialias=True, dtype=types.FLOAT)
+            upright = video
         return fn.crop_mirror_normalize(
-            video,
+            upright,
             crop=(bucket.height_px, bucket.width_px),
+            rounding="truncate",
+            mirror=mirrored,
             mean=[127.5] * 3,
             std=[127.5] * 3,
             output_layout="FCHW",
@@ -260,6 +274,48 @@ def _build(bucket, batch_size, num_threads, device_id):
     pipeline = clips()
     pipeline.build()
     return pipeline
+
+
+def _decoded(read):
+    return {"pictures": [clip.pictures_TCHW for clip in read]}
+
+
+def _to_decode(read):
+    """What `_decode_and_fit` takes: packets, frame numbers, and where the pixels go."""
+    turns = [_turn(clip.fit) for clip in read]
+    return {
+        "packets": [clip.packets for clip in read],
+        "frames": [clip.frames for clip in read],
+        "size": [
+            np.array([clip.fit.scaled_height_px, clip.fit.scaled_width_px], np.float32) for clip in read
+        ],
+        "angle": [np.array(angle, np.float32) for angle, _ in turns],
+        "mirrored": [np.array(mirrored, np.int32) for _, mirrored in turns],
+    }
+
+
+def _turn(fit):
+    """(degrees counterclockwise, whether columns then change places) that are the fit's three steps."""
+    # a transposed picture is one turned by a quarter and mirrored; mirrored both ways is half a circle
+    angle = {(False, False): 0, (False, True): 180, (True, False): 270, (True, True): 90}
+    return (
+        angle[fit.transposed, fit.mirrored_rows],
+        (fit.transposed ^ fit.mirrored_rows ^ fit.mirrored_columns),
+    )
+
+
+def _stack(videos):
+    """[B, T, C, H, W]; without a copy where the videos are one tensor's, in order."""
+    whole = videos[0]._base
+    if whole is not None and [v.data_ptr() for v in videos] == [v.data_ptr() for v in whole]:
+        return whole
+    return torch.stack(videos, out=_empty((len(videos), *videos[0].shape), videos[0].device))
+
+
+def _empty(shape, device="cpu"):
+    """Memory for a batch; pinned where a GPU will fetch it."""
+    pinned = str(device) == "cpu" and torch.cuda.is_available()
+    return torch.empty(shape, dtype=torch.float32, device=device, pin_memory=pinned)
 
 
 def _from_gpu(tensor, device_id):
@@ -275,11 +331,3 @@ def _dali_reason(error):
     text = str(error).rpartition("encountered:")[2].strip()
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines[:2])[:200] or "DALI cannot decode it"
-
-
-def _drain(ready):
-    try:
-        while True:
-            ready.get_nowait()
-    except queue.Empty:
-        pass

@@ -1,8 +1,9 @@
-"""From one clip's row to what a decoder needs: the clip's packets and the frames to take. PyAV only, no DALI.
+"""From one clip's row to its frames, or to what a decoder needs for them. PyAV only, no DALI.
 
 Output frame k of a clip shows source time start + k / fps: the source frame nearest in time, by the
 timestamps in the file, never by counting. Only the clip's own packets are read, from the key frame before its
-start, so a one-second clip of a two-hour film costs one second of memory.
+start, so a one-second clip of a two-hour film costs one second of memory; decoded frames are scaled one by
+one and not kept.
 """
 
 import io
@@ -11,26 +12,29 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_moviegen.data.fit import Fit, draw, fit_of
+
 
 @dataclass(frozen=True, kw_only=True)
-class EncodedClip:
-    """One clip ready to decode: either packets and frame numbers, or frames where DALI has no decoder."""
+class ReadClip:
+    """One clip, read: its pictures, or packets and frame numbers for a decoder that makes them."""
 
     row: int
     """Index of the clip in the caller's list."""
+    fit: Fit
+    pictures_TCHW: np.ndarray | None
+    """uint16 RGB of the bucket's size, 0 to fit.WHITE."""
     packets: np.ndarray | None
     """uint8: a Matroska file in memory that holds the clip's packets."""
     frames: np.ndarray | None
     """int32 [T]: which frames of `packets`, in order of presentation."""
-    decoded_THWC: np.ndarray | None
-    """uint8 RGB at source size, decoded by PyAV."""
 
 
-def read_clip(clip, row, num_frames, fps, keeps_packets) -> EncodedClip:
-    """The clip's packets (where `keeps_packets(codec)`) or frames, `num_frames` at `fps`; an image is one.
+def read_clip(clip, row, bucket, fps, keeps_packets=False) -> ReadClip:
+    """The clip's pictures, `bucket.num_frames` at `fps`, or its packets; an image is one frame.
 
-    ValueError names the clip and its file where the file is missing, empty, no video, truncated, corrupt or
-    too short for `num_frames`.
+    ValueError names the clip and its file where the file is missing, empty, no video, truncated, corrupt,
+    too short for the bucket, or of colours or an orientation that cannot be shown (see `fit_of`).
     """
     import av
 
@@ -43,7 +47,7 @@ def read_clip(clip, row, num_frames, fps, keeps_packets) -> EncodedClip:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise ValueError("no video stream in it")
-            return _read(container, clip, row, 1 if clip.kind == "image" else num_frames, fps, keeps_packets)
+            return _read(container, clip, row, bucket, fps, keeps_packets)
     except av.FFmpegError as error:
         raise ValueError(
             f"clip {clip.clip_id}: {path}: cannot be read as a video ({error.strerror})"
@@ -61,10 +65,10 @@ def nearest_frames(times_N, wanted_T) -> np.ndarray:
     return np.where(is_right, right, left).astype(np.int32)
 
 
-def _read(container, clip, row, num_frames, fps, keeps_packets):
+def _read(container, clip, row, bucket, fps, keeps_packets):
     stream = container.streams.video[0]
     stream.codec_context.thread_count = 1  # the loader reads several clips at once instead
-    wanted_T = clip.start_seconds + np.arange(num_frames) / fps
+    wanted_T = clip.start_seconds + np.arange(1 if clip.kind == "image" else bucket.num_frames) / fps
     frame_seconds = 1 / float(stream.average_rate or stream.guessed_rate or fps)
     packets = _packets(container, stream, clip.start_seconds, wanted_T[-1] + frame_seconds)
     origin = stream.start_time or 0
@@ -72,10 +76,16 @@ def _read(container, clip, row, num_frames, fps, keeps_packets):
     times_N = (pts_N - origin) * float(stream.time_base)
     first, last = _span(clip, times_N, wanted_T, frame_seconds)
     frames_T = nearest_frames(times_N[first:last], wanted_T) + np.int32(first)
-    if keeps_packets(stream.codec_context.name):
-        return EncodedClip(row=row, packets=_remux(stream, packets), frames=frames_T, decoded_THWC=None)
-    decoded_THWC = _decode(stream, packets, pts_N[frames_T])
-    return EncodedClip(row=row, packets=None, frames=None, decoded_THWC=decoded_THWC)
+    size_px = (bucket.height_px, bucket.width_px)
+    if keeps_packets:
+        decoded = next(_decode(stream, packets), None)  # one frame: it knows how it is to be shown
+        if decoded is None:
+            raise ValueError("corrupt: its first frame does not decode")
+        fit = fit_of(decoded, stream.sample_aspect_ratio, *size_px)
+        kept = _remux(stream, packets)
+        return ReadClip(row=row, fit=fit, pictures_TCHW=None, packets=kept, frames=frames_T)
+    fit, pictures_TCHW = _draw(stream, packets, pts_N[frames_T].tolist(), size_px)
+    return ReadClip(row=row, fit=fit, pictures_TCHW=pictures_TCHW, packets=None, frames=None)
 
 
 def _packets(container, stream, start_seconds, stop_seconds):
@@ -140,20 +150,35 @@ def _remux(stream, packets):
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
-def _decode(stream, packets, pts_T):
-    """uint8 [T, H, W, 3]: the frames shown at these timestamps; stops at the last, keeps no other."""
-    wanted, found = set(pts_T.tolist()), {}
+def _draw(stream, packets, pts_T, size_px):
+    """Fit, and uint16 [T, C, H, W]: the frames shown at these timestamps; decodes no further than the last."""
+    from av.video.reformatter import VideoReformatter
+
+    places, scaler = {}, VideoReformatter()
+    for place, pts in enumerate(pts_T):
+        places.setdefault(pts, []).append(place)
+    pictures_TCHW = np.empty((len(pts_T), 3, *size_px), np.uint16)
+    fit, missing = None, set(places)
+    for frame in _decode(stream, packets):
+        if _pts(frame) not in missing:
+            continue
+        fit = fit or fit_of(frame, stream.sample_aspect_ratio, *size_px)
+        first, *others = places[_pts(frame)]
+        draw(frame, fit, scaler, pictures_TCHW[first])
+        pictures_TCHW[others] = pictures_TCHW[first]
+        missing.remove(_pts(frame))
+        if not missing:
+            return fit, pictures_TCHW
+    raise ValueError(f"corrupt: {len(missing)} of {len(places)} frames do not decode")
+
+
+def _decode(stream, packets):
+    """The frames of the packets, in order of presentation."""
     for packet in [*packets, None]:
         for frame in stream.codec_context.decode(packet):
             if frame.is_corrupt:  # FFmpeg paints over what it cannot decode, and later frames copy from it
                 raise ValueError("corrupt: a frame of the clip is damaged")
-            if frame.pts in wanted:
-                found[frame.pts] = frame.to_ndarray(format="rgb24")
-        if len(found) == len(wanted):
-            break
-    if len(found) < len(wanted):
-        raise ValueError(f"corrupt: {len(wanted) - len(found)} of {len(wanted)} frames do not decode")
-    return np.stack([found[pts] for pts in pts_T.tolist()])
+            yield frame
 
 
 def _pts(packet):
