@@ -159,7 +159,7 @@ def _draw(stream, packets, pts_T, size_px):
         places.setdefault(pts, []).append(place)
     pictures_TCHW = np.empty((len(pts_T), 3, *size_px), np.uint16)
     fit, missing = None, set(places)
-    for frame in _decode(stream, packets):
+    for frame in _decode(stream, packets, missing):
         if _pts(frame) not in missing:
             continue
         fit = fit or fit_of(frame, stream.sample_aspect_ratio, *size_px)
@@ -172,10 +172,14 @@ def _draw(stream, packets, pts_T, size_px):
     raise ValueError(f"corrupt: {len(missing)} of {len(places)} frames do not decode")
 
 
-def _decode(stream, packets):
-    """The frames of the packets, in order of presentation."""
+def _decode(stream, packets, wanted=None):
+    """The frames of the packets, in order of presentation; without some of those not `wanted` (timestamps)."""
+    context = stream.codec_context
     for packet in [*packets, None]:
-        for frame in stream.codec_context.decode(packet):
+        if context.name == "h264" and wanted is not None and packet is not None:
+            # its header says which frames no other is made from; in VP9 even those leave statistics behind
+            context.skip_frame = "DEFAULT" if _pts(packet) in wanted else "NONREF"
+        for frame in context.decode(packet):
             if frame.is_corrupt:  # FFmpeg paints over what it cannot decode, and later frames copy from it
                 raise ValueError("corrupt: a frame of the clip is damaged")
             yield frame
