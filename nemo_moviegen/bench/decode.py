@@ -55,7 +55,7 @@ def bench_decode(clips, bucket, *, batch_size=4, num_batches=12, rounds=5, num_w
 
 
 def find_clips(folder, bucket) -> list[Clip]:
-    """Clips of the bucket's length of every video in a folder, interleaved; ValueError where there is none."""
+    """Clips of the bucket's length of each video in a folder, interleaved; ValueError where there is none."""
     seconds, found = bucket.num_frames / bucket.fps, []
     for path in sorted(Path(folder).iterdir()):
         try:

@@ -1,4 +1,4 @@
-"""Clips as batches of frames, delivered by one DALI pipeline. The only file that imports DALI.
+"""Clips as batches of frames, delivered by a DALI pipeline (its graphs: dali_graphs.py).
 
     on a CPU:    row -> PyAV, several clips at once: decode, resize to cover, crop -> DALI: to [-1, 1], layout
     on a GPU:    row -> packets + frame numbers -> DALI: NVDEC, resize to cover, crop, to [-1, 1], layout
@@ -17,14 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
+from nemo_moviegen.data import dali_graphs
 from nemo_moviegen.data.ahead import ahead
 from nemo_moviegen.data.clips import record_unusable
-from nemo_moviegen.data.fit import WHITE
 from nemo_moviegen.data.frames import read_clip
 from nemo_moviegen.data.kinds import RowsByKind
 
-CPU_CODECS = ("vp8", "vp9", "mjpeg")
-"""What `fn.decoders.video` decodes without a GPU (DALI 2.4)."""
 READY = 2
 """Finished batches that wait."""
 
@@ -84,7 +82,8 @@ class ClipLoader:
     def most_bytes(self) -> int:
         """Host memory that frames take at most while they wait: it does not grow with a clip's file.
 
-        Finished batches, the one under way (twice where bad files leave gaps) and DALI's own, in float32; and the clips read ahead, in 16 bits.
+        Finished batches, the one under way (twice where bad files leave gaps) and DALI's own, in float32;
+        and the clips read ahead, in 16 bits.
         Not in it: the compressed packets and the few source frames of `num_threads` clips, and what was
         handed out. With a GPU, where frames never wait on the host, it is more than is used.
         """
@@ -158,7 +157,7 @@ class ClipLoader:
         return ValueError(f"no readable {kind} is left: all {self.quarantined} tried are bad{where}")
 
     def _load(self, kind, wanted, rows, readers):
-        """Frames [T, C, H, W] by row, of the wanted rows that are usable; has those to come read meanwhile."""
+        """Frames [T, C, H, W] by row, of the wanted rows that are usable; starts to read those to come."""
         wanted = list(dict.fromkeys(wanted))
         for row in [*wanted, *rows.coming(rows.next_kind() or kind, self._num_ahead)]:
             if row not in self._reading and row not in self.bad_rows:
@@ -195,19 +194,22 @@ class ClipLoader:
                 videos = [video for video, kept in parts if kept]
                 return (torch.cat(videos) if videos else ()), [row for _, kept in parts for row in kept]
             clip = self.clips[read[0].row]
-            self._reject(read[0].row, f"clip {clip.clip_id}: {clip.path}: corrupt: {_dali_reason(error)}")
+            self._reject(
+                read[0].row, f"clip {clip.clip_id}: {clip.path}: corrupt: {dali_graphs.dali_reason(error)}"
+            )
             return (), []
 
     def _run(self, kind, read):
         if kind not in self._pipelines:
-            build = _decode_and_fit if self.dali_decodes else _normalise
+            build = dali_graphs.decode_and_fit if self.dali_decodes else dali_graphs.normalise
             self._pipelines[kind] = build(self.bucket, self.batch_size, self.num_threads, self.device_id)
         pipeline = self._pipelines[kind]
-        for name, arrays in (_to_decode(read) if self.dali_decodes else _decoded(read)).items():
+        arrays_of = dali_graphs.to_decode if self.dali_decodes else dali_graphs.decoded
+        for name, arrays in arrays_of(read).items():
             pipeline.feed_input(name, arrays)
         (output,) = pipeline.run()
         if self.device_id is not None:
-            return _from_gpu(output.as_tensor(), self.device_id)
+            return dali_graphs.from_gpu(output.as_tensor(), self.device_id)
         delivered = torch.from_numpy(np.asarray(output.as_tensor()))  # DALI's memory: it uses it again
         return _empty(delivered.shape).copy_(delivered)
 
@@ -215,93 +217,6 @@ class ClipLoader:
         if row not in self.bad_rows:
             self.bad_rows.add(row)
             record_unusable(self.quarantine, self.clips[row].clip_id, self.clips[row].path, reason)
-
-
-def _normalise(bucket, batch_size, num_threads, device_id):
-    """The graph for clips that PyAV decoded and fitted."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=1)
-    def clips():
-        pictures = fn.external_source(
-            name="pictures", dtype=types.UINT16, ndim=4, layout="FCHW", no_copy=True
-        )
-        return fn.crop_mirror_normalize(
-            pictures, mean=[WHITE / 2] * 3, std=[WHITE / 2] * 3, output_layout="FCHW", dtype=types.FLOAT
-        )
-
-    pipeline = clips()
-    pipeline.build()
-    return pipeline
-
-
-def _decode_and_fit(bucket, batch_size, num_threads, device_id):
-    """The graph for clips that DALI decodes: NVDEC's on a GPU, its own decoder's on a CPU."""
-    from nvidia.dali import fn, pipeline_def, types
-
-    @pipeline_def(
-        batch_size=batch_size,
-        num_threads=num_threads,
-        device_id=device_id,
-        enable_conditionals=True,
-        prefetch_queue_depth=1,  # the loader's own queue holds what is ahead
-    )
-    def clips():
-        packets = fn.external_source(name="packets", dtype=types.UINT8, ndim=1)
-        frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
-        size = fn.external_source(name="size", dtype=types.FLOAT, ndim=1)
-        # read on the host also for a GPU, where they are arguments and conditions
-        angle = fn.external_source(name="angle", dtype=types.FLOAT, ndim=0)
-        mirrored = fn.external_source(name="mirrored", dtype=types.INT32, ndim=0)
-        video = fn.decoders.video(packets, device="cpu" if device_id is None else "mixed", frames=frames)
-        # float between the steps: rounding to whole levels twice would show
-        video = fn.resize(video, size=size, antialias=True, dtype=types.FLOAT)
-        if angle != 0:
-            upright = fn.rotate(video, angle=angle, interp_type=types.INTERP_NN)
-        else:
-            upright = video
-        return fn.crop_mirror_normalize(
-            upright,
-            crop=(bucket.height_px, bucket.width_px),
-            rounding="truncate",
-            mirror=mirrored,
-            mean=[127.5] * 3,
-            std=[127.5] * 3,
-            output_layout="FCHW",
-            dtype=types.FLOAT,
-        )
-
-    pipeline = clips()
-    pipeline.build()
-    return pipeline
-
-
-def _decoded(read):
-    return {"pictures": [clip.pictures_TCHW for clip in read]}
-
-
-def _to_decode(read):
-    """What `_decode_and_fit` takes: packets, frame numbers, and where the pixels go."""
-    turns = [_turn(clip.fit) for clip in read]
-    return {
-        "packets": [clip.packets for clip in read],
-        "frames": [clip.frames for clip in read],
-        "size": [
-            np.array([clip.fit.scaled_height_px, clip.fit.scaled_width_px], np.float32) for clip in read
-        ],
-        "angle": [np.array(angle, np.float32) for angle, _ in turns],
-        "mirrored": [np.array(mirrored, np.int32) for _, mirrored in turns],
-    }
-
-
-def _turn(fit):
-    """(degrees counterclockwise, whether columns then change places) that are the fit's three steps."""
-    # a transposed picture is one turned by a quarter and mirrored; mirrored both ways is half a circle
-    angle = {(False, False): 0, (False, True): 180, (True, False): 270, (True, True): 90}
-    return (
-        angle[fit.transposed, fit.mirrored_rows],
-        (fit.transposed ^ fit.mirrored_rows ^ fit.mirrored_columns),
-    )
 
 
 def _stack(videos):
@@ -319,18 +234,3 @@ def _empty(shape):
     if torch.cuda.is_available():
         return torch.empty(shape, dtype=torch.float32, pin_memory=True)
     return torch.from_numpy(np.empty(shape, np.float32))  # numpy asks for large pages: a quarter of the time
-
-
-def _from_gpu(tensor, device_id):
-    from nvidia.dali.plugin.pytorch import feed_ndarray
-
-    video = torch.empty(tensor.shape(), dtype=torch.float32, device=f"cuda:{device_id}")
-    feed_ndarray(tensor, video, cuda_stream=torch.cuda.current_stream(device_id))
-    return video
-
-
-def _dali_reason(error):
-    """What went wrong, out of DALI's long message."""
-    text = str(error).rpartition("encountered:")[2].strip()
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " ".join(lines[:2])[:200] or "DALI cannot decode it"

@@ -68,7 +68,7 @@ def fit_of(frame, pixel_aspect, height_px, width_px) -> Fit:
 
 
 def draw(frame, fit, scaler, picture_CHW):
-    """Fill `picture_CHW`, uint16 RGB, 0 to WHITE; `scaler` is a PyAV VideoReformatter, one for each thread."""
+    """Fill `picture_CHW`, uint16 RGB, 0 to WHITE; `scaler` is a VideoReformatter of the thread's own."""
     scaled = scaler.reformat(
         frame,
         width=fit.scaled_width_px,

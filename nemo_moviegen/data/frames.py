@@ -151,7 +151,7 @@ def _remux(stream, packets):
 
 
 def _draw(stream, packets, pts_T, size_px):
-    """Fit, and uint16 [T, C, H, W]: the frames shown at these timestamps; decodes no further than the last."""
+    """Fit, and uint16 [T, C, H, W]: the frames of these timestamps; decodes no further than the last."""
     from av.video.reformatter import VideoReformatter
 
     places, scaler = {}, VideoReformatter()
@@ -173,7 +173,7 @@ def _draw(stream, packets, pts_T, size_px):
 
 
 def _decode(stream, packets, wanted=None):
-    """The frames of the packets, in order of presentation; without some of those not `wanted` (timestamps)."""
+    """The frames of the packets, in order of presentation; some not `wanted` (timestamps) are left out."""
     context = stream.codec_context
     for packet in [*packets, None]:
         if context.name == "h264" and wanted is not None and packet is not None:
