@@ -196,6 +196,26 @@ def generate_command(options):
     print(*files, sep="\n")
 
 
+def bench_command(options):
+    """Measure the data engine on this machine."""
+    from rich.console import Console
+
+    from nemo_moviegen.bench.loader import PARTS, bench_loader
+    from nemo_moviegen.inputs import Bucket
+
+    height_px, width_px = options.size
+    bench_loader(
+        options.parts or PARTS,
+        videos=options.videos,
+        bucket=Bucket(num_frames=options.frames, height_px=height_px, width_px=width_px, fps=options.fps),
+        batch_size=options.batch,
+        rounds=options.rounds,
+        num_samples=options.samples,
+        output=options.json,
+        log=Console(width=110).print,
+    )
+
+
 def report_command(options):
     """Write the page about a demo."""
     from nemo_moviegen.report import write_report
@@ -214,6 +234,7 @@ COMMANDS = {
     "encode": encode_command,
     "generate": generate_command,
     "demo": demo_command,
+    "bench": bench_command,
     "report": report_command,
 }
 

@@ -131,6 +131,18 @@ def _parser():
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
 
+    add = command("bench", "measure the data engine: ways to do the same work, in turns, with their ratios")
+    add("what", choices=("loader",), help="loader: decoding, reading latents, memory, time to a first batch")
+    add("--parts", nargs="+", choices=("decode", "latents", "memory", "start"), help="some only (all)")
+    add("--videos", help="folder of videos to decode; default: renders VP9 and H.264 of real film itself")
+    add("--frames", type=int, default=64, help="frames of a clip (%(default)s)")
+    add("--size", type=_frame_size, default=(256, 256), metavar="HxW", help="in pixels (256x256)")
+    add("--fps", type=float, default=16, help="frames a second of a clip (%(default)s)")
+    add("--batch", type=int, default=4, help="clips of a batch (%(default)s)")
+    add("--rounds", type=int, default=5, help="rounds, each way once in each (%(default)s)")
+    add("--samples", type=int, default=10_000, help="samples while memory is watched (%(default)s)")
+    add("--json", help="file for all figures, with the machine's")
+
     add = command("report", "write the HTML page about a demo")
     add("folder", nargs="?", default="out/demo", help="folder of the demo (%(default)s)")
     add("--output", help="the page; default: report.html in the folder")
