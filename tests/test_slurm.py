@@ -1,4 +1,4 @@
-"""The batch script, run with stand-ins for SLURM's commands that write down how they were called."""
+"""The batch scripts, run with stand-ins for SLURM's commands that write down how they were called."""
 
 import os
 import signal
@@ -10,9 +10,22 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "slurm" / "train.sbatch"
+ARRAY = ROOT / "slurm" / "array.sbatch"
+ENCODE = (
+    "encode",
+    "--manifest",
+    "with space.parquet",
+    "--autoencoder",
+    "t",
+    "--encoders",
+    "e",
+    "--output",
+    "o",
+)
 
 STAND_INS = {
-    "srun": 'printf "%s\\n" "$@" >"$CALLS/srun"; while [ "$1" != torchrun ]; do shift; done; exec "$@"',
+    "srun": 'printf "%s\\n" "$@" >"$CALLS/srun"; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
+    "python": 'printf "%s\\n" "$@" >"$CALLS/python"; touch "$CALLS/up"; sleep "${SECONDS_TO_RUN:-0}"; exit 5',
     "torchrun": 'printf "%s\\n" "$@" >"$CALLS/torchrun"; echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
     'touch "$CALLS/up"; sleep "${SECONDS_TO_RUN:-0}"; exit "${TORCHRUN_EXIT:-0}"',
     "scontrol": 'echo "$@" >>"$CALLS/scontrol"; [ "$1" != show ] || printf "n07\\nn08\\n"',
@@ -51,8 +64,9 @@ def called(job, name):
     return (Path(job["CALLS"]) / name).read_text().split("\n")[:-1]
 
 
-def test_the_script_is_bash():
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
+@pytest.mark.parametrize("script", [SCRIPT, ARRAY], ids=lambda path: path.name)
+def test_the_script_is_bash(script):
+    subprocess.run(["bash", "-n", script], check=True)
 
 
 def test_one_torchrun_a_node_starts_a_rank_for_each_gpu_and_trains_the_recipe(job):
@@ -120,3 +134,58 @@ def test_near_its_time_limit_the_job_requeues_itself_and_waits_for_its_ranks(job
     assert called(job, "scontrol")[-1] == "requeue 41234"
     assert b"requeueing job 41234" in said
     assert process.returncode == 3  # waited to the end: the code is the ranks', not the signal's
+
+
+@pytest.fixture
+def array(job):
+    """Environment of the fourth of eight tasks of an array."""
+    return job | {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8", "SLURM_CPUS_PER_TASK": "16"}
+
+
+def submit_array(array, *arguments, **changed):
+    command = ["bash", ARRAY, *arguments]
+    return subprocess.run(command, env=array | changed, capture_output=True, text=True, timeout=30)
+
+
+def test_a_task_of_an_array_encodes_its_share(array):
+    from nemo_moviegen.arguments import parse
+
+    result = submit_array(array, *ENCODE, "--buckets", "video_768")
+    assert result.returncode == 5, "the code is the task's"
+    python = called(array, "python")
+    assert python == ["-m", "nemo_moviegen", *ENCODE, "--buckets", "video_768", "--task", "3/8"]
+    options = parse(python[2:])
+    assert (options.command, options.task, options.manifests) == ("encode", (3, 8), ["with space.parquet"])
+
+
+def test_some_tasks_of_a_larger_array_keep_their_numbers(array):
+    submit_array(array, *ENCODE, SLURM_ARRAY_TASK_ID="17", SLURM_ARRAY_TASK_COUNT="2", NUM_TASKS="64")
+    assert called(array, "python")[-1] == "17/64"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed", "message"),
+    [
+        (ENCODE, {"SLURM_ARRAY_TASK_ID": "8"}, "task 8 of 8: let the array start at 0, or set NUM_TASKS"),
+        (ENCODE, {"SLURM_ARRAY_TASK_ID": ""}, "submit it as an array"),
+        (("train", "video_30b"), {}, "'train' has no tasks; use curate or encode"),
+        ((), {}, "'' has no tasks"),
+    ],
+)
+def test_what_is_no_array_of_shared_work_is_refused(array, arguments, changed, message):
+    result = submit_array(array, *arguments, **changed)
+    assert result.returncode != 0 and message in result.stderr
+    assert not (Path(array["CALLS"]) / "srun").exists()
+
+
+def test_near_its_time_limit_a_task_requeues_itself_alone(array, tmp_path):
+    process = subprocess.Popen(
+        ["bash", ARRAY, *ENCODE], env=array | {"SECONDS_TO_RUN": "1.5"}, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "up").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    _, said = process.communicate(timeout=30)
+    assert called(array, "scontrol") == ["requeue 41234"]
+    assert b"requeueing task 3" in said and process.returncode == 5

@@ -1,20 +1,18 @@
 """Latent shards to samples and batches: our reader, `cat`, DALI's readers, webdataset, a plain DataLoader.
 
 All read the same samples, in an order of their own where they can shuffle; the files are in the page cache.
-Ours, alone, takes any order of rows and checks every byte. Run as `python -m nemo_moviegen.bench.latents`.
+Ours, alone, takes any order of rows and checks every byte. `moviegen bench loader` runs it.
 """
 
-import argparse
 import os
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from nemo_moviegen.bench.measure import environment, measure, summarise, table, write_json
+from nemo_moviegen.bench.measure import measure, summarise, table
 from nemo_moviegen.data.collate import collate
 from nemo_moviegen.data.latent_writer import LatentWriter
 from nemo_moviegen.data.latents import INDEX, STATISTICS, LatentReader, LatentSample
@@ -25,6 +23,26 @@ CAT = "cat shards > /dev/null"
 PRODUCTION = {"latent": (32, 16, 96, 96), "size": VIDEO_5B, "samples": 64, "batch": 1, "passes": 4}
 """73,728 tokens: 256 frames at 768 px, with the features of full-length prompts; one is a micro-batch."""
 DEMO = {"latent": (2, 16, 8, 8), "size": VIDEO_TINY, "samples": 4096, "batch": 16, "passes": 2}
+
+
+def bench_all(folder, rounds=5, log=print) -> dict:
+    """Every figure about latents; writes 2 GB to `folder`, and tells `log` each table as it is ready.
+
+    Keys: production and demo (see `bench_latents`), open_seconds, resident_mib, peers_ms.
+    """
+    folder, found = Path(folder), {}
+    for name, what in (("production", PRODUCTION), ("demo", DEMO)):
+        write_samples(folder / name, what)
+        found[name] = bench_latents(folder / name, what, rounds)
+        title = (
+            f"latents, {name}: {found[name]['sample_megabytes']:.3f} MB a sample, batches of {what['batch']}"
+        )
+        log(table(title, found[name]["rows"], found[name]["failed"]))
+    found["open_seconds"] = bench_start(folder / "index")
+    found["resident_mib"] = bench_memory(folder / "production")
+    found["peers_ms"] = bench_peers(folder / "production", rounds=rounds)
+    log({name: found[name] for name in ("open_seconds", "resident_mib", "peers_ms")})
+    return found
 
 
 def write_samples(folder, what, seed=0):
@@ -208,36 +226,3 @@ class _NpyFiles(torch.utils.data.Dataset):
 
     def __getitem__(self, place):
         return torch.from_numpy(np.load(self.paths[place]))
-
-
-def main():
-    """Measure production and demo samples, opening, memory and peers; print tables, write `--output`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--output", help="JSON with all figures")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="scratch folder, 2 GB (a temporary one)")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        scratch, found = Path(scratch), {"environment": environment("nvidia-dali-cuda120", "webdataset")}
-        for name, what in (("production", PRODUCTION), ("demo", DEMO)):
-            write_samples(scratch / name, what)
-            found[name] = bench_latents(scratch / name, what, options.rounds)
-            _show(name, found[name])
-        found["open_seconds"] = bench_start(scratch / "index")
-        found["resident_mib"] = bench_memory(scratch / "production")
-        found["peers_ms"] = bench_peers(scratch / "production", rounds=options.rounds)
-    print({name: found[name] for name in ("open_seconds", "resident_mib", "peers_ms")})
-    if options.output:
-        write_json(options.output, found)
-
-
-def _show(name, found):
-    from rich.console import Console
-
-    title = f"{name}: {found['sample_megabytes']:.3f} MB a sample, batches of {found['batch']}"
-    Console(width=110).print(table(title, found["rows"], found["failed"]))
-
-
-if __name__ == "__main__":
-    main()

@@ -60,6 +60,7 @@ def _broadcast(reader, row, rank):
     if rank == 0:
         latent_TCHW = torch.from_numpy(reader[row].latent_TCHW)
     else:
-        latent_TCHW = torch.empty(32, 16, 96, 96, dtype=torch.float16)
+        frames, height, width = reader.latent_shapes[row].tolist()
+        latent_TCHW = torch.empty(frames, len(reader.mean_C), height, width, dtype=torch.float16)
     dist.broadcast(latent_TCHW, 0)
     return latent_TCHW

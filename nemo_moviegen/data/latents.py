@@ -16,7 +16,7 @@ million of them; none checks what it read. A sample here is one contiguous span,
 parallel file systems do best: in pieces of 1 MiB, each summed up with XXH3 while it is in a core's cache, by
 two threads; its arrays are views of that buffer. mmap is a copy less, and faster warm, but an input
 error behind a map is a SIGBUS that kills the rank, where `preadv` returns an error and the sample is
-replaced. `moviegen bench latents` compares all of them.
+replaced. `moviegen bench loader` compares all of them.
 
 On a GPU node the buffer is not the place for pinning: latents are normalised to float32 out of it, and that
 batch is what is copied to the device. GPUDirect (kvikio) would spare this copy through the host; it has to be
