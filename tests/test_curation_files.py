@@ -226,11 +226,16 @@ def test_a_table_of_captions_serves_the_folders_below_it(tmp_path, ending):
     else:
         lines = [b"file,caption", b'1.mp4,"one"', b'b/2.mp4,"caf\xe9"']
     (folder / "a" / f"captions.{ending}").write_bytes(b"\n".join(lines))
-    (folder / "captions.jsonl").write_text('{"file": "a/3.mp4", "caption": "three"}\n')
+    (folder / "captions.jsonl").write_text('{"file": "a/3.mp4", "caption": "three", "split": "train"}\n')
+    (folder / "a" / "1.json").write_text('{"split": "heldout"}')  # more about it, its caption is in the table
     ids, reasons = curated(folder, tmp_path / "out")
     assert [name.split("@")[0] for name in ids] == ["a/1.mp4", "a/3.mp4"]
     assert f"captions.{ending}: caption 'caf\\udce9' is not UTF-8" in reasons["a/b/2.mp4"]
-    assert {clip.source for clip in read_manifest(tmp_path / "out" / "manifest.parquet")} == {"a"}
+    clips = read_manifest(tmp_path / "out" / "manifest.parquet")
+    assert [(c.caption, c.split, c.source) for c in clips] == [
+        ("one", "heldout", "a"),
+        ("three", "train", "a"),
+    ]
 
 
 def test_files_of_one_stem_give_clips_of_different_ids(tmp_path):

@@ -3,7 +3,7 @@
 import numpy as np
 
 _BLOCK = 1024
-_EXACT_UP_TO = 200_000
+_EXACT_UP_TO = 100_000
 
 
 def distinct(embedding_ND, order_N, cosine, exact_up_to=_EXACT_UP_TO) -> np.ndarray:

@@ -3,9 +3,11 @@
 import csv
 import io
 import json
+import os
+import posixpath
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 FIELDS = ("caption", "image_caption", "split", "attributes", "source")
 TABLES = ("captions.jsonl", "captions.csv")
@@ -33,67 +35,64 @@ def caption_reader(folder):
     in any folder above, up to `folder`. The first that names the video counts. All files are UTF-8. Without a
     source of its own a video has that of the first folder on its way.
     """
-    folder = Path(folder)
+    folder = str(folder)
 
     @cache
     def table(parent):
         found, problems = {}, []
         for name in TABLES:
-            path = folder / parent / name
-            if path.is_file():
+            path = os.path.join(folder, parent, name)
+            if os.path.isfile(path):
                 rows, wrong = _rows(path)
                 found |= {key: (path, row) for key, row in rows.items()}
                 problems += wrong
         return found, problems
 
     def read(name) -> Caption:
-        place = PurePosixPath(name)
-        source = place.parts[0] if len(place.parts) > 1 else ""
-        caption, problems = _beside(folder, place), []
-        for parent in place.parents if caption is None else ():
-            rows, wrong = table(parent)
-            problems += wrong[:1]
-            if row := rows.get(place.relative_to(parent).as_posix()):
-                caption = _caption(*row)
+        caption = _beside(os.path.join(folder, os.path.splitext(name)[0]))
+        parts, problems = name.split("/"), []
+        for depth in range(len(parts) - 1, -1, -1):
+            if caption.caption:
                 break
-        if caption is None and problems:  # the line that cannot be read may be this video's
+            rows, wrong = table("/".join(parts[:depth]))
+            problems += wrong[:1]
+            if row := rows.get("/".join(parts[depth:])):
+                caption = replace(_caption(*row), **{k: v for k, v in vars(caption).items() if v})
+        if not caption.caption and problems:  # the line that cannot be read may be this video's
             raise ValueError(f"no caption; {problems[0]}")
-        caption = caption or Caption()
-        return replace(caption, source=caption.source or source)
+        first, separator, _ = name.partition("/")
+        return replace(caption, source=caption.source or (first if separator else ""))
 
     return read
 
 
-def _beside(folder, place):
-    """The video's own sidecar, or None; a JSON without caption leaves it to the text."""
-    path = folder / place.with_suffix(".json")
-    caption = None
-    if path.is_file():
+def _beside(stem):
+    """What the sidecars say of the video of this path without its ending."""
+    path, caption = f"{stem}.json", Caption()
+    if os.path.isfile(path):
         try:
             values = json.loads(_text(path))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON ({error})") from None
         caption = _caption(path, values)
-        if caption.caption:
-            return caption
-    path = folder / place.with_suffix(".txt")
-    if path.is_file() and (text := " ".join(_text(path).split())):
-        return replace(caption or Caption(), caption=text)
+    path = f"{stem}.txt"
+    if not caption.caption and os.path.isfile(path):
+        caption = replace(caption, caption=" ".join(_text(path).split()))
     return caption
 
 
 def _rows(path):
     """Values by `file`, and what is wrong with lines that cannot be used: they take no other with them."""
     # bytes that are no UTF-8 stay with their row, which `_caption` refuses
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    text = Path(path).read_bytes().decode("utf-8-sig", "surrogateescape")
     found, problems = {}, []
-    for number, row in enumerate(_csv(text) if path.suffix == ".csv" else text.splitlines(), 1):
+    for number, row in enumerate(_csv(text) if path.endswith(".csv") else text.splitlines(), 1):
         try:
             if isinstance(row, str):
                 if not row.strip():
                     continue
                 row = json.loads(row)
-            found[PurePosixPath(row["file"]).as_posix()] = row
+            found[posixpath.normpath(row["file"])] = row
         except json.JSONDecodeError as error:
             problems.append(f"{path}, line {number} is not JSON ({error})")
         except (KeyError, TypeError):
@@ -127,7 +126,7 @@ def _caption(path, values) -> Caption:
 
 def _text(path):
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 (byte {error.start}); write it as UTF-8") from None
     except OSError as error:

@@ -97,17 +97,15 @@ def shrunk(frame, side_px, pixels="rgb24") -> np.ndarray:
     return _resized(frame, min(1.0, side_px / min(frame.width, frame.height)), pixels)
 
 
-def narrowed(frame, width_px, pixels) -> np.ndarray:
-    """As `shrunk`, with an upright width of at most `width_px`."""
+def narrowed(frame, width_px, pixels, is_rough=False) -> np.ndarray:
+    """As `shrunk`, with an upright width of at most `width_px`; rough is a fifth faster, with aliasing."""
     width = frame.height if frame.rotation % 180 else frame.width
-    return _resized(frame, min(1.0, width_px / width), pixels)
+    return _resized(frame, min(1.0, width_px / width), pixels, "FAST_BILINEAR" if is_rough else "AREA")
 
 
-def _resized(frame, scale, pixels):
-    from av.video.reformatter import Interpolation
-
+def _resized(frame, scale, pixels, interpolation="AREA"):
     width, height = (max(2, round(side * scale)) for side in (frame.width, frame.height))
-    small = frame.reformat(width=width, height=height, format=pixels, interpolation=Interpolation.AREA)
+    small = frame.reformat(width=width, height=height, format=pixels, interpolation=interpolation)
     return np.ascontiguousarray(_upright(small.to_ndarray(), frame))
 
 

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from nemo_moviegen.curation.select import KEPT, chance, column_of
+from nemo_moviegen.curation.select import KEPT, column_of
 from nemo_moviegen.curation.store import replacing
 from nemo_moviegen.curation.work import read_strips
 from nemo_moviegen.report_samples import data_uri
@@ -90,10 +90,10 @@ def _shown(number, step, table, selection, recipe):
         limits = [limit for limit in (entry.low, entry.high) if math.isfinite(limit)]
         away = [min((abs(score_N[row] - limit) for limit in limits), default=0.0) for row in dropped]
         dropped = dropped[np.argsort(away, kind="stable")]
-    lots = [chance(recipe.seed, number, int(row)) for row in kept]
+    lots = np.random.default_rng([recipe.seed, number]).permutation(len(kept))
     return {
         "dropped": [int(row) for row in dropped[:NUM_SHOWN]],
-        "kept": [int(row) for row in kept[np.argsort(lots)][:NUM_SHOWN]] if len(dropped) else [],
+        "kept": [int(row) for row in kept[np.sort(lots[:NUM_SHOWN])]] if len(dropped) else [],
         "num_dropped": len(dropped),
     }
 
@@ -156,5 +156,5 @@ def _reasons(reasons):
     kinds = Counter()
     for reason in reasons:
         words = [word for word in re.split(r"[(;:]", reason)[0].split() if "/" not in word]
-        kinds[re.sub(r"[0-9.]*[0-9]", "N", " ".join(words))] += 1
+        kinds[re.sub(r"(?<![-\w])[0-9][0-9.]*", "N", " ".join(words))] += 1
     return sorted(((count, kind) for kind, count in kinds.items()), reverse=True)

@@ -104,6 +104,7 @@ def make_clips(folder, table, selection, recipe, output) -> list[Clip]:
     )
     rows = table.select(names).take(selection.kept).to_pylist()
     captions = [selection.captions[int(row)] for row in selection.kept]
+    folder = os.path.abspath(folder)
     clips = [_clip(folder, row, caption, recipe) for row, caption in zip(rows, captions, strict=True)]
     if recipe.captioner:
         clips = _with_captions(clips, recipe, output)
@@ -127,7 +128,7 @@ def _clip(folder, row, caption: Caption, recipe):
     is_heldout = chance(recipe.seed, "heldout", row["video"]) < recipe.heldout_share
     return Clip(
         clip_id=clip_id(row["video"], row["start_seconds"], row["end_seconds"]),
-        path=str(Path(folder, row["video"]).resolve()),
+        path=os.path.join(folder, row["video"]),
         kind=row["kind"],
         start_seconds=row["start_seconds"],
         end_seconds=row["end_seconds"],

@@ -7,7 +7,7 @@ import numpy as np
 
 from nemo_moviegen.curation.footage import decode, narrowed
 
-VERSION = "2"
+VERSION = "3"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_scenes(path, fps, settings) -> tuple[list[Span], tuple[int, ...]]:
     )
     seconds_N, cuts, last, light = [], [], None, np.zeros((4, 4, 3))
     for seconds, frame in decode(path):
-        image = narrowed(frame, settings.width_px, "bgr24")
+        image = narrowed(frame, settings.width_px, "bgr24", is_rough=True)
         cuts += detector.process_frame(FrameTimecode(len(seconds_N), float(fps)), image)
         light += cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA)
         seconds_N.append(seconds)

@@ -56,7 +56,8 @@ def is_complete(video, rows, recipe) -> bool:
         return False
     if rows[0]["reason"] or not passes_header(rows[0], recipe):
         return True
-    return rows[0]["clips_key"] == keys(recipe)["clips"] and not any(_stale(row, recipe) for row in rows)
+    wanted = keys(recipe)
+    return rows[0]["clips_key"] == wanted["clips"] and not any(_stale(row, wanted) for row in rows)
 
 
 def passes_header(row, recipe) -> bool:
@@ -71,10 +72,10 @@ def passes_header(row, recipe) -> bool:
 def passes(entry, values, kind):
     """Whether a `Filter` lets values pass: numbers or arrays, NaN never; `kind` image or video for each."""
     if entry.is_strict:
-        inside = np.greater(values, entry.low) & np.less(values, entry.high)
+        inside = (values > entry.low) & (values < entry.high)
     else:
-        inside = np.greater_equal(values, entry.low) & np.less_equal(values, entry.high)
-    return inside | ((np.asarray(kind) == "image") & entry.videos_only)
+        inside = (values >= entry.low) & (values <= entry.high)
+    return inside | ((kind == "image") & entry.videos_only)
 
 
 def score_video(folder, video, rows, recipe) -> list[dict]:
@@ -122,16 +123,15 @@ def _candidates(path, row, recipe):
     ] or [base | {"clip_seconds": np.nan}]
 
 
-def _stale(row, recipe):
+def _stale(row, wanted):
     """Columns of a candidate that are missing or made by someone else; a row without a clip has none."""
     if row.get("start_seconds") is None:
         return []
-    columns = ["camera", "embedding", *(scorer.column for scorer in recipe.scorers)]
-    return [name for name in columns if row.get(f"{name}_key") != keys(recipe)[name]]
+    return [name for name in wanted if name != "clips" and row.get(f"{name}_key") != wanted[name]]
 
 
 def _scored(path, row, recipe):
-    stale = _stale(row, recipe)
+    stale = _stale(row, keys(recipe))
     if not stale:
         return row
     frame_seconds = 1 / row["fps"]

@@ -58,8 +58,9 @@ def select(table, recipe, read_caption: Callable[[str], Caption]) -> Selection:
     _caption(selection, videos, recipe, read_caption)
     _drop_twins(selection, table, recipe)
     chance_N = np.full(len(table), np.nan)
+    start_N = column_of(table, "start_seconds").tolist()
     for row in selection.kept:
-        chance_N[row] = chance(recipe.seed, videos[row], table["start_seconds"][int(row)].as_py())
+        chance_N[row] = chance(recipe.seed, videos[row], start_N[row])
     _balance(selection, table, recipe, chance_N)
     _mix(selection, table, recipe, chance_N)
     return selection
@@ -159,8 +160,10 @@ def _keep_lowest(stays_N, rows, count, chance_N):
 
 def _embeddings(table, rows):
     """float32 [N, D]. ValueError where the recipe's embedding has returned vectors of two lengths."""
-    vectors = table["embedding"].take(rows).to_pylist()
-    lengths = sorted({len(vector) for vector in vectors})
+    import pyarrow.compute as pc
+
+    vectors = table["embedding"].take(rows).combine_chunks()
+    lengths = sorted(pc.unique(pc.list_value_length(vectors)).to_pylist())
     if len(lengths) > 1:
         raise ValueError(f"the embedding returns vectors of {lengths} numbers: it must return one length")
-    return np.array(vectors, np.float32)
+    return vectors.flatten().to_numpy().reshape(len(rows), lengths[0])
