@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_moviegen.data.clips import sample_id, write_manifest
+from nemo_moviegen.__main__ import main
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, BIG_BUCK_BUNNY_CAPTION, sample_id, write_manifest
+from nemo_moviegen.data.cutting import cut_clips
 from nemo_moviegen.data.dali import ClipLoader
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.online_text import OnlineText
@@ -204,3 +206,43 @@ def test_online_text_gives_the_encoded_features_bit_for_bit(stage, encoded):
             np.testing.assert_array_equal(found.contexts[name], feature)
     for name, feature in reader.empty_prompt.items():
         np.testing.assert_array_equal(online.empty_prompt[name], feature)
+
+
+def test_h264_and_vp9_files_of_two_manifests_get_their_buckets_from_the_command_line(stage, tmp_path, capsys):
+    """Two tasks; the second finds all shards there and writes the index."""
+    film = cut_clips(BIG_BUCK_BUNNY, 1.5, caption=BIG_BUCK_BUNNY_CAPTION)
+    (tmp_path / "no.mp4").write_bytes(b"")
+    film.append(replace(film[0], clip_id="empty", path=str(tmp_path / "no.mp4")))
+    film.append(replace(film[0], clip_id="short", end_seconds=0.2))
+    film.append(stage.clips[0])  # in both manifests
+    manifests = [write_manifest(tmp_path / f"{n}.parquet", c) for n, c in enumerate((stage.clips, film))]
+    output = tmp_path / "latents"
+    command = ["encode", "--buckets", "tiny", "--model", "video_tiny", "--output", str(output)]
+    command += ["--autoencoder", str(stage.tae), "--encoders", str(stage.encoders)]
+    command += [word for manifest in manifests for word in ("--manifest", str(manifest))]
+    assert main([*command, "--task", "1/2"]) == 0
+    assert "not finished" in capsys.readouterr().out and not (output / "index.parquet").exists()
+    assert main([*command, "--task", "0/2"]) == 0
+    said = capsys.readouterr().out
+    assert "13 samples, 4 held out" in said and "16x48x96: 3 samples" in said
+    assert "1 refused: 0.200 s is too short for tiny" in said and "1 refused: another clip before it" in said
+    assert "1 left out for their files' fault, see quarantine.jsonl" in said
+
+    reader = LatentReader(output)
+    samples = {sample.clip_id: sample for sample in reader.read(range(13))}
+    shapes = {clip.clip_id: samples[clip.clip_id].latent_TCHW.shape for clip in [*stage.clips[:1], *film[:3]]}
+    channels = SMALL.latent_channels
+    assert set(shapes.values()) == {(1, channels, 8, 8), (2, channels, 6, 12)}
+    assert {round(samples[clip.clip_id].fps, 3) for clip in film[:3]} == {16.0}
+    assert samples[stage.clips[0].clip_id].fps == pytest.approx(8 / 0.625)
+    left_out = [json.loads(line) for line in (output / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["clip_id"] for entry in left_out] == ["short", stage.clips[0].clip_id, "empty"]
+    assert main(command) == 0 and "0 encoded now" in capsys.readouterr().out
+
+
+def test_bucket_sets_and_a_shape_of_ones_own_exclude_each_other(stage, tmp_path, capsys):
+    command = ["encode", "--manifest", "m", "--autoencoder", "t", "--encoders", "e", "--output", "o"]
+    assert main([*command, "--buckets", "tiny", "--frames", "8"]) == 2
+    assert "--buckets tiny says what shapes clips get: drop --frames" in capsys.readouterr().err
+    assert main([*command, "--buckets", "large"]) == 2
+    assert "no buckets called 'large'; use video_256, video_768, tiny" in capsys.readouterr().err
