@@ -128,6 +128,8 @@ class Clips(Sequence):
     def __eq__(self, other):
         if isinstance(other, Clips):
             return self.table.equals(other.table)
+        if not isinstance(other, Sequence):
+            return NotImplemented
         return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
 
     __hash__ = None

@@ -9,6 +9,7 @@ import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nemo_moviegen.data.clips import read_manifest, sample_id
@@ -118,14 +119,15 @@ class TrainingClips:
     def __init__(self, recipe, rank, num_ranks):
         every_clip = read_manifest(recipe.data.manifest)
         self.recipe, self.first_step = recipe, 0
-        self.clips = [clip for clip in every_clip if clip.split == "train"]
-        self.heldout = [clip for clip in every_clip if clip.split == "heldout" and clip.kind == "video"]
-        self.sample_ids = [sample_id(clip.clip_id) for clip in self.clips]
+        split_N, kind_N = every_clip.column("split"), every_clip.column("kind")
+        self.clips = every_clip.select(split_N == "train")
+        self.heldout = every_clip.select((split_N == "heldout") & (kind_N == "video"))
+        self.sample_ids = [sample_id(clip_id) for clip_id in self.clips.column("clip_id")]
         self.accumulate = recipe.num_microbatches(num_ranks)
         self.rank, self.num_ranks = rank, num_ranks
         self.batch_size = {"video": recipe.global_batch, "image": recipe.image_batch or recipe.global_batch}
-        num_frames = {"video": 2, "image": 1}  # all that the order asks is whether a row is an image
-        shapes = [(num_frames[clip.kind], 1, 1) for clip in self.clips]
+        shapes = np.ones((len(self.clips), 3), int)
+        shapes[self.clips.column("kind") == "video", 0] = 2  # the order asks no more than which are images
         needed = {self.kind(step) for step in range(min(recipe.num_steps, recipe.image_steps + 64))}
         self._orders = {
             kind: BatchOrder(shapes, self.batch_size[kind], recipe.seed, int(kind == "image"))
