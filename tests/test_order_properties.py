@@ -116,7 +116,7 @@ def test_a_step_can_be_asked_for_alone(arguments, steps):
 
 @many
 @given(arguments=orders(batching="balanced"), copies=COPIES, step=st.integers(0, 1000))
-def test_balanced_copies_differ_by_less_than_the_dearest_sample_from_the_cheapest(arguments, copies, step):
+def test_balanced_copies_differ_by_no_more_than_the_samples_of_one_round(arguments, copies, step):
     order, shapes = BatchOrder(**arguments), arguments["latent_shapes"]
 
     def cost(rows):
@@ -126,7 +126,8 @@ def test_balanced_copies_differ_by_less_than_the_dearest_sample_from_the_cheapes
         [[cost(rows) for rows, _ in order.micro_batches(step, copy, copies)] for copy in range(copies)]
     )
     if order.kind(step) == "video":
-        assert np.ptp(costs.sum(1)) <= np.ptp(costs) + 1e-6
+        # the dearest of a round goes to who has least, so what was uneven before never grows
+        assert np.ptp(costs.sum(1)) <= np.ptp(costs, axis=0).max() + 1e-6
         assert (costs[:, :-1].min(0) >= costs[:, 1:].max(0) - 1e-6).all()  # rounds of neighbours in cost
     at_end, in_rounds = order.imbalance(step, copies)
     assert at_end == pytest.approx(costs.sum(1).max() / costs.sum(1).mean() - 1)
@@ -144,7 +145,9 @@ def an_order(batching, global_batch=20, **arguments):
 def test_a_balanced_step_mixes_all_shapes_in_proportion(start):
     order = an_order("balanced", 100)
     for step in range(start, start + 10):
-        found = Counter(CLIPS[row] for row in order.batch(step)[0])
+        rows, epochs = order.batch(step)
+        assert all(abs(epoch - step * 100 // len(CLIPS)) <= 1 for epoch in epochs)
+        found = Counter(CLIPS[row] for row in rows)
         for shape, expected in {(2, 8, 8): 50, (3, 8, 8): 30, (4, 8, 8): 15, (4, 6, 12): 5}.items():
             assert abs(found[shape] - expected) <= 2
 
