@@ -93,6 +93,25 @@ def test_every_broken_file_is_named_and_none_stops_the_others(tmp_path):
     assert (funnel["num_files"], funnel["num_unreadable"]) == (7, 6)
 
 
+def test_a_file_that_ends_between_two_packets_is_truncated(tmp_path):
+    """Nothing in it is damaged: only the header knows of more."""
+    whole = write(tmp_path / "whole.mp4", pan(1, 48), container={"movflags": "faststart"})
+    with av.open(str(whole)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.pos is not None]
+    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[: sorted(places)[24]])
+    with pytest.raises(ValueError, match=r"truncated: its header says 3.00 s, its frames end at 1.[0-9]+ s"):
+        list(decode(tmp_path / "cut.mp4"))
+    assert len(list(decode(whole))) == 48
+
+
+def test_a_file_that_ends_in_its_last_packet_is_truncated(tmp_path):
+    """Too little is missing for its length to tell."""
+    whole = write(tmp_path / "whole.mp4", pan(1, 48), container={"movflags": "faststart"})
+    (tmp_path / "cut.mp4").write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="truncated or corrupt: a packet is damaged"):
+        list(decode(tmp_path / "cut.mp4"))
+
+
 def test_a_song_with_a_cover_is_no_video(tmp_path):
     write_sound(tmp_path / "song.m4a")
     add_cover(tmp_path / "song.m4a", tmp_path / "song.mp4")
@@ -133,9 +152,9 @@ def test_rotation_metadata_turns_the_picture_and_swaps_its_sides(tmp_path, rotat
 
 
 def test_a_varying_frame_rate_moves_no_cut(tmp_path):
-    """32 frames in the first second, 8 in the second: the cut lies between them, at 1.0 s."""
-    frames_THWC = np.concatenate([pan(1, 32), pan(2, 8)])
-    times = [*np.arange(32) * 1000 / 32, *(1000 + np.arange(8) * 1000 / 8)]
+    """8 frames in the first second, 32 in the second: the cut lies between them, at 1.0 s."""
+    frames_THWC = np.concatenate([pan(1, 8), pan(2, 32)])
+    times = [*np.arange(8) * 1000 / 8, *(1000 + np.arange(32) * 1000 / 32)]
     path = write(tmp_path / "film.mkv", frames_THWC, fps=32, times=times)
     facts, _ = read_facts(path)
     assert facts.duration_seconds == pytest.approx(2.0, abs=0.13)
