@@ -11,7 +11,7 @@ import torch
 
 from nemo_moviegen.data.clips import sample_id
 from nemo_moviegen.data.collate import collate
-from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
+from nemo_moviegen.data.latent_writer import LatentWriter, ShardWriter, finish_folder, write_empty_prompt
 from nemo_moviegen.data.latents import LatentReader, LatentSample
 from nemo_moviegen.sizes import ContextSize
 
@@ -173,6 +173,15 @@ def test_the_writer_refuses_what_would_be_wrong_later(tmp_path):
         writer.add(replace(a_sample(3), latent_TCHW=np.zeros((3, 4, 4), np.float32)))
 
 
+def test_a_set_of_shards_with_one_sample_twice_is_refused(tmp_path):
+    for name in ("a-000000", "b-000000"):
+        with ShardWriter(tmp_path, name) as writer:
+            writer.add(a_sample(1))
+            writer.finish()
+    with pytest.raises(ValueError, match="sample clip1 is in two shards"):
+        finish_folder(tmp_path, ["a-000000", "b-000000"])
+
+
 def damage(folder, how):
     """Harm the second shard: rows 4 to 7."""
     path = folder / "shard-000001.tar"
@@ -261,13 +270,10 @@ def test_a_batch_is_padded_and_masked_in_the_order_of_the_contexts():
     assert not batch.is_image
 
 
-def test_padding_to_the_maximum_has_the_same_shape_for_every_batch():
+def test_padding_to_the_maximum_has_one_shape_and_an_encoder_without_text_one_masked_token():
     for number in (0, 1, 2):
         batch = collate([a_sample(number)], [0], CONTEXTS, pad="max")
         assert [context.shape for context in batch.contexts] == [(1, 8, 6), (1, 5, 4)]
-
-
-def test_a_text_encoder_that_saw_no_text_is_one_masked_token():
     batch = collate([a_sample(0), a_sample(3)], [0, 0], CONTEXTS)
     assert batch.contexts[1].shape == (2, 1, 4) and not batch.masks[1].any()
 

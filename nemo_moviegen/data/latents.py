@@ -12,19 +12,20 @@ writes all of it.
 Why a reader of our own, and not one of DALI's or webdataset's. A training step asks for given rows: they are
 a function of (seed, step), on any number of ranks. `fn.readers.webdataset` and the `webdataset` package
 stream shards in file order and shuffle within a buffer; `fn.readers.numpy` wants one file a sample, a hundred
-million of them; none checks what it read. A sample here is one contiguous span, which is what
-parallel file systems do best: in pieces of 1 MiB, each summed up with XXH3 while it is in a core's cache, by
-two threads; its arrays are views of that buffer. mmap is a copy less, and faster warm, but an input
-error behind a map is a SIGBUS that kills the rank, where `preadv` returns an error and the sample is
-replaced. `moviegen bench loader` compares all of them.
+million of them; none checks what it read. A sample here is one contiguous span, which is what parallel file
+systems do best. Two threads read it in pieces of 1 MiB, each summed up with XXH3 while it is in a core's
+cache, into memory that is used again; its arrays are views of that. mmap is a copy less, and faster where all
+pages are mapped already, but an input error behind a map is a SIGBUS that kills the rank, where `preadv`
+returns an error and the sample is replaced. `moviegen bench loader` compares all of them.
 
-On a GPU node the buffer is not the place for pinning: latents are normalised to float32 out of it, and that
-batch is what is copied to the device. GPUDirect (kvikio) would spare this copy through the host; it has to be
-judged on such a machine, at 9.4 MB a sample and seconds a step.
+On a GPU node `collate` normalises latents into pinned memory: it has to touch each number once anyway, and
+what it makes is what the device needs. GPUDirect (kvikio) would spare the way through the host; no machine
+here could show what that gives, at 9.4 MB a sample and seconds a step.
 
 Ranks that share a sample (tensor and context parallel) read it each, with no collective between them: they
-are the eight GPUs of one node, whose page cache has the bytes after the first, and no rank can wait for
-another inside a read, or replace a damaged sample by another than its peers do.
+are the eight GPUs of one node, whose page cache has the bytes after the first, and a gloo broadcast took
+twice as long (`bench/peers.py`). No rank waits for another inside a read, nor replaces a damaged sample by
+another than its peers do.
 """
 
 import functools
