@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nemo_moviegen.data.order import BatchOrder
 
 COST = (7, 0.01)
-many = settings(derandomize=True, deadline=None, max_examples=60)
+many = settings(derandomize=True, deadline=None, max_examples=50)
 
 
 @st.composite
