@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 import recipes
 from nemo_moviegen.curation import footage, look, scenes, score, store, work
+from nemo_moviegen.curation import run as run_module
 from nemo_moviegen.curation.recipe import Scorer, override
 from nemo_moviegen.curation.run import curate
 from nemo_moviegen.curation.score import file_key
@@ -176,6 +178,23 @@ def test_tasks_share_the_videos_out_and_the_last_selects(films, tmp_path, calls)
         assert (tmp_path / "new" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
 
+def test_two_tasks_may_select_at_once(films, tmp_path, monkeypatch):
+    """The other one selects, from beginning to end, while this one is about to write its manifest."""
+    write = run_module.write_manifest
+
+    def interrupted(path, clips):
+        monkeypatch.setattr(run_module, "write_manifest", write)
+        curate(films, tmp_path / "out", TINY, (1, 2))
+        assert left(tmp_path / "out") == {"pan.mp4", "a/zoom.webm"}
+        return write(path, clips)
+
+    monkeypatch.setattr(run_module, "write_manifest", interrupted)
+    curate(films, tmp_path / "out", TINY, (0, 2))
+    assert left(tmp_path / "out") == {"pan.mp4", "a/zoom.webm"}
+    names = {"manifest.parquet", "report.html", "funnel.json", "quarantine.jsonl", "scores"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+
+
 def test_a_task_without_work_selects_where_the_others_are_done(films, tmp_path):
     (tmp_path / "out" / "manifest.parquet").unlink()
     assert curate(films, tmp_path / "out", TINY, (99, 100))["num_scored"] == 0
@@ -252,11 +271,12 @@ def test_a_long_chunk_is_written_in_between(tmp_path, monkeypatch):
         scored.append(video.name)
         return [{"video": video.name, "file_key": file_key(video), "reason": "fake"}]
 
+    # a clock by which a video takes half a minute and nothing else takes any time
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: 31.0 * len(scored)))
     monkeypatch.setattr(work, "score_video", fake)
-    monkeypatch.setattr(work, "_FLUSH_SECONDS", -1)
     with pytest.raises(Killed):
         work.score_missing(listing, tmp_path, recipe)
-    assert len(work.scored_table(listing, tmp_path, recipe)[1]) == 3
+    assert len(work.scored_table(listing, tmp_path, recipe)[1]) == 10 - 6
 
 
 def test_a_torn_or_foreign_chunk_is_scored_again(films, tmp_path, calls):

@@ -7,7 +7,7 @@ import numpy as np
 
 from nemo_moviegen.curation.footage import decode, narrowed, shrunk
 
-VERSION = "1"
+VERSION = "2"
 FLOW_WIDTH_PX = 320
 """Optical flow is computed at this width."""
 
@@ -41,11 +41,17 @@ class Look:
         # its patches need some pixels: thin pictures are enlarged
         scale = max(scale, 32 / min(height, width))
         size = (round(width * scale), round(height * scale))
-        flows = [
-            search.calc(*(cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in pair), None)
-            for pair in self.pairs_P2HW
+        small = [
+            [cv2.resize(f, size, interpolation=cv2.INTER_AREA) for f in pair] for pair in self.pairs_P2HW
         ]
+        flows = [search.calc(before, _as_bright_as(before, after), None) for before, after in small]
         return np.stack(flows) / size[0] if flows else np.zeros((0, *size[::-1], 2), np.float32)
+
+
+def _as_bright_as(before_HW, after_HW):
+    """`after` with the mean and contrast of `before`: a flickering lamp moves nothing."""
+    gain = (before_HW.std() + 1) / (after_HW.std() + 1)
+    return ((after_HW - after_HW.mean()) * gain + before_HW.mean() + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def look_at(path, span, fps, settings) -> Look:

@@ -158,7 +158,8 @@ class CurationRecipe:
     embedding: str = f"{_OURS}.embedding:embedding"
     """package.module:function of a `Look` that returns a vector; near-duplicates have a cosine near 1."""
     num_chunks: int = 256
-    """Units of work; tasks share them out. Another number scores everything again."""
+    """Units of work; tasks share them out. Take about a thousandth of the number of videos, once: another
+    number scores everything again."""
     seed: int = 0
 
     dedup_cosine: float = 0.99

@@ -45,8 +45,8 @@ def schema(recipe):
     return pa.schema(columns)
 
 
-def read_chunk(path, recipe, strips=True):
-    """The chunk's rows as a pyarrow table of `schema`, columns it has not yet null; None where there is none.
+def read_chunk(path, recipe, without=()):
+    """The chunk's rows as a pyarrow table of `schema`, columns it lacks or `without` null; None for no file.
 
     A file that cannot be read is as good as none: it is scored again.
     """
@@ -56,7 +56,7 @@ def read_chunk(path, recipe, strips=True):
     wanted = schema(recipe)
     try:
         present = set(pq.read_schema(path).names)
-        names = [n for n in wanted.names if n in present and (strips or n != "strip")]
+        names = [n for n in wanted.names if n in present and n not in without]
         table = pq.read_table(path, columns=names)
         for name in wanted.names:
             if name not in table.column_names:

@@ -13,6 +13,7 @@ from nemo_moviegen.curation.store import chunk_path, read_chunk, write_chunk
 from nemo_moviegen.curation.videos import chunk_of
 
 _FLUSH_SECONDS = 60
+_LARGE = ("embedding", "strip")
 
 
 def chunks_of(listing, recipe, task=(0, 1)) -> dict[int, list]:
@@ -34,20 +35,23 @@ def score_missing(listing, output, recipe, task=(0, 1), advance=lambda video: No
     num_scored = 0
     for chunk, videos in chunks_of(listing, recipe, task).items():
         path = chunk_path(output, chunk, recipe.num_chunks)
-        rows = rows_by_video(read_chunk(path, recipe))
+        rows = rows_by_video(read_chunk(path, recipe, without=_LARGE))
         todo = [video for video in videos if not is_complete(video, rows.get(video.name), recipe)]
         for video in set(videos) - set(todo):
             advance(video)
-        flushed = time.monotonic()
+        if not todo:
+            continue
+        rows = rows_by_video(read_chunk(path, recipe))
+        due = time.monotonic() + _FLUSH_SECONDS
         for video in todo:
             rows[video.name] = score_video(listing.folder, video, rows.get(video.name), recipe)
             num_scored += 1
             advance(video)
-            if time.monotonic() - flushed > _FLUSH_SECONDS:
+            started = time.monotonic()
+            if video is todo[-1] or started > due:
                 _write(path, videos, rows, recipe)
-                flushed = time.monotonic()
-        if todo:
-            _write(path, videos, rows, recipe)
+                # a large chunk takes long to write: no more than a twentieth of the time goes there
+                due = time.monotonic() + max(_FLUSH_SECONDS, 20 * (time.monotonic() - started))
     return num_scored
 
 
@@ -60,8 +64,8 @@ def scored_table(listing, output, recipe):
 
     tables, missing = [], []
     for chunk, videos in chunks_of(listing, recipe).items():
-        table = read_chunk(chunk_path(output, chunk, recipe.num_chunks), recipe, strips=False)
-        rows = rows_by_video(table.drop_columns(["embedding"]) if table else None)
+        table = read_chunk(chunk_path(output, chunk, recipe.num_chunks), recipe, without=("strip",))
+        rows = rows_by_video(table.drop_columns(list(_LARGE)) if table else None)
         missing += [video for video in videos if not is_complete(video, rows.get(video.name), recipe)]
         if table:
             listed = pa.array([video.name for video in videos])
