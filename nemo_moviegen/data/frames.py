@@ -6,6 +6,7 @@ start, so a one-second clip of a two-hour film costs one second of memory; decod
 one and not kept.
 """
 
+import functools
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_clip(clip, row, bucket, fps, keeps_packets=False) -> ReadClip:
     if not path.stat().st_size:
         raise ValueError(f"clip {clip.clip_id}: {path}: the file is empty")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=dict(_open_options())) as container:
             if not container.streams.video:
                 raise ValueError("no video stream in it")
             return _read(container, clip, row, bucket, fps, keeps_packets)
@@ -63,6 +64,19 @@ def nearest_frames(times_N, wanted_T) -> np.ndarray:
     # a microsecond decides a tie whatever the rounding of a sum of floats
     is_right = times_N[right] - wanted_T < wanted_T - times_N[left] - 1e-6
     return np.where(is_right, right, left).astype(np.int32)
+
+
+@functools.cache
+def _open_options():
+    """What keeps FFmpeg from decoding a key frame at opening, only to learn what the headers say.
+
+    Their pictures are never shown in another order than they are stored, which is what it needs to find out
+    of the others. A key frame takes as long as ten frames between; images and short clips gain most.
+    """
+    import av
+
+    stored_as_shown = {"vp8", "vp9", "av1", "libvpx", "libvpx-vp9", "libdav1d", "libaom-av1"}
+    return {"codec_whitelist": ",".join(sorted(av.codecs_available - stored_as_shown))}
 
 
 def _read(container, clip, row, bucket, fps, keeps_packets):
