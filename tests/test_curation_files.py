@@ -14,6 +14,7 @@ import pytest
 from films import film, pan, zoom
 
 import recipes
+from nemo_moviegen.curation import scenes
 from nemo_moviegen.curation.footage import decode, read_facts, shrunk
 from nemo_moviegen.curation.run import curate
 from nemo_moviegen.curation.scenes import find_scenes
@@ -25,6 +26,7 @@ TINY = replace(recipes.get_curation("curation.tiny"), num_chunks=4, images=False
 def write(path, frames_THWC, *, codec="libx264", fps=16, pixels="yuv420p", rotation=0, times=None, **options):
     """A film through PyAV, with what `films.film` does not set; `times` are frame times in 1/1000 s."""
     with av.open(str(path), "w", options=options.pop("container", {})) as container:
+        container.metadata.update(options.pop("metadata", {}))
         stream = container.add_stream(codec, rate=fps)
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = pixels
@@ -135,6 +137,26 @@ def add_cover(sound, path):
                 target.mux(packet)
 
 
+def test_words_in_a_header_that_are_not_utf8_harm_nobody(tmp_path):
+    path = write(tmp_path / "film.mkv", pan(1, 8), metadata={"title": "CAFE!CAFE!"})
+    assert b"CAFE!CAFE!" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b"CAFE!CAFE!", b"caf\xe9!caf\xe9!"))
+    assert read_facts(path)[0].width_px == 240
+
+
+def test_what_a_library_does_not_expect_is_one_files_fault(tmp_path, monkeypatch):
+    def crash(path, fps, settings):
+        if path.name == "odd.mp4":
+            raise ZeroDivisionError("in the library")
+        return find_scenes(path, fps, settings)
+
+    for name, seed in {"good.mp4": 1, "odd.mp4": 2}.items():
+        film(tmp_path / "in", name, pan(seed))
+    monkeypatch.setattr(scenes, "find_scenes", crash)
+    ids, reasons = curated(tmp_path / "in", tmp_path / "out")
+    assert len(ids) == 1 and reasons == {"odd.mp4": "ZeroDivisionError: in the library"}
+
+
 @pytest.mark.parametrize(
     ("rotation", "corner"), [(0, (0, 0)), (90, (-1, 0)), (-90, (0, -1)), (180, (-1, -1))]
 )
@@ -158,8 +180,8 @@ def test_a_varying_frame_rate_moves_no_cut(tmp_path):
     path = write(tmp_path / "film.mkv", frames_THWC, fps=32, times=times)
     facts, _ = read_facts(path)
     assert facts.duration_seconds == pytest.approx(2.0, abs=0.13)
-    scenes, _ = find_scenes(path, facts.fps, TINY.scenes)
-    assert [scene.start for scene in scenes] == pytest.approx([0, 1.0], abs=2e-3)
+    found, _ = find_scenes(path, facts.fps, TINY.scenes)
+    assert [scene.start for scene in found] == pytest.approx([0, 1.0], abs=2e-3)
 
 
 def test_a_video_of_one_frame_becomes_an_image(tmp_path):

@@ -330,7 +330,8 @@ def test_recipes_refuse_two_of_one_name_and_taken_columns():
     twice = (Filter(name="a", column="aspect"), Filter(name="a", column="fps"))
     with pytest.raises(ValueError, match="two filters share a name"):
         CurationRecipe(name="x", filters=twice)
-    with pytest.raises(ValueError, match="measured already"):
-        Scorer(column="aspect", function="a:b")
+    for column in ("aspect", "camera", "clip_seconds"):
+        with pytest.raises(ValueError, match="there is such a column already"):
+            Scorer(column=column, function="a:b")
     with pytest.raises(ValueError, match="clips of"):
         Sampling(clips_per_video=0)

@@ -115,7 +115,7 @@ def _upright(image_HW, frame):
 
 def _seconds(frame, stream):
     pts = frame.dts if frame.pts is None else frame.pts
-    return float((pts - (stream.start_time or 0)) * stream.time_base)
+    return max(0.0, float((pts - (stream.start_time or 0)) * stream.time_base))
 
 
 def _frame_seconds(stream):
@@ -134,7 +134,7 @@ class _opened:
         if not self.path.stat().st_size:
             raise ValueError("the file is empty")
         try:
-            self.container = av.open(str(self.path))
+            self.container = av.open(str(self.path), metadata_errors="replace")
         except av.FFmpegError as error:
             raise ValueError(f"not a video that can be opened ({error.strerror})") from None
         streams = [s for s in self.container.streams.video if not _is_cover(s)]

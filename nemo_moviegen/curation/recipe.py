@@ -22,6 +22,19 @@ HEADER_COLUMNS = (
 """Known without decoding a clip. Filters on them decide whether a video is decoded at all."""
 CLIP_COLUMNS = ("clip_seconds", "num_scenes", "shots_per_second", "camera_confidence")
 """Measured of every video that is decoded, whatever the scorers."""
+_TAKEN = (
+    "start_seconds",
+    "end_seconds",
+    "video",
+    "file",
+    "reason",
+    "codec",
+    "kind",
+    "clips",
+    "camera",
+    "embedding",
+    "strip",
+)
 
 
 def _check_function(function, where):
@@ -68,8 +81,8 @@ class Scorer:
     """package.module:function"""
 
     def __post_init__(self):
-        if self.column in (*HEADER_COLUMNS, *CLIP_COLUMNS):
-            raise ValueError(f"scorer of {self.column!r}: this column is measured already; use another name")
+        if self.column in (*HEADER_COLUMNS, *CLIP_COLUMNS, *_TAKEN):
+            raise ValueError(f"scorer of {self.column!r}: there is such a column already; use another name")
         _check_function(self.function, f"scorer of {self.column}")
 
 

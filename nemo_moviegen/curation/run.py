@@ -42,6 +42,9 @@ def curate(folder, output, recipe, task=None) -> dict:
     keys(recipe)  # names every function of the recipe that is not there, before anything is scored
     if recipe.captioner:
         function_of(recipe.captioner)
+    import cv2
+
+    cv2.setNumThreads(1)  # tasks share the cores out
     listing, output = list_videos(folder, output), Path(output)
     sweep(output / FOLDER)
     mine = sum(len(videos) for videos in chunks_of(listing, recipe, (index, count)).values())

@@ -47,6 +47,8 @@ def find_scenes(path, fps, settings) -> tuple[list[Span], tuple[int, ...]]:
         light += cv2.resize(image, (4, 4), interpolation=cv2.INTER_AREA)
         seconds_N.append(seconds)
         last = frame
+    if not seconds_N:
+        raise ValueError("no frame of it can be decoded")
     cuts += detector.post_process(FrameTimecode(len(seconds_N), float(fps)))
     shown = float(last.duration * last.time_base) if last.duration else 1 / fps
     starts = [seconds_N[0], *sorted({seconds_N[cut.frame_num] for cut in cuts} - {seconds_N[0]})]

@@ -6,7 +6,6 @@ candidate    one row a clip, every column filled
 """
 
 import importlib
-import io
 import json
 from functools import cache
 from hashlib import blake2b
@@ -19,6 +18,10 @@ from nemo_moviegen.curation.scenes import Span
 
 _STRIP_WIDTH_PX = 144
 """Of each of the frames that the report shows."""
+
+
+class ScorerError(RuntimeError):
+    """A scorer failed: no fault of the video, so nothing is noted about it and the run ends."""
 
 
 def function_of(name):
@@ -92,8 +95,12 @@ def score_video(folder, video, rows, recipe) -> list[dict]:
         if rows[0]["clips_key"] != keys(recipe)["clips"]:
             rows = _candidates(path, rows[0], recipe)
         return [_scored(path, row, recipe) for row in rows]
-    except (ValueError, OSError) as error:
-        return [{"video": video.name, "file_key": file_key(video), "reason": str(error)}]
+    except ScorerError:
+        raise
+    except Exception as error:  # whatever a file makes a library do, the next file is not to blame
+        is_ours = isinstance(error, ValueError | OSError)
+        reason = str(error) if is_ours else f"{type(error).__name__}: {error}"
+        return [{"video": video.name, "file_key": file_key(video), "reason": reason}]
 
 
 def _header_row(path, video):
@@ -155,8 +162,8 @@ def _scored(path, row, recipe):
 def _call(name, seen):
     try:
         return function_of(name)(seen)
-    except Exception as error:  # no fault of the video: nothing may be noted about it
-        raise RuntimeError(f"the scorer {name} failed: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        raise ScorerError(f"the scorer {name} failed: {type(error).__name__}: {error}") from error
 
 
 def _strip(frames):
@@ -169,7 +176,7 @@ def _strip(frames):
         size = (_STRIP_WIDTH_PX, max(1, round(_STRIP_WIDTH_PX * height / width)))
         small.append(cv2.resize(frame_HWC, size, interpolation=cv2.INTER_AREA))
     _, data = cv2.imencode(".jpg", np.hstack(small)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])
-    return io.BytesIO(data).getvalue()
+    return data.tobytes()
 
 
 def _short(*parts):
