@@ -17,7 +17,6 @@ from nemo_moviegen.data.collate import collate, cut_text, limit_text
 from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
 from nemo_moviegen.data.latents import LatentReader, LatentSample
 from nemo_moviegen.data.online_text import OnlineText
-from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.inputs import TokenLimits
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
@@ -30,7 +29,7 @@ from nemo_moviegen.recipe import (
     recipe_yaml,
 )
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
-from nemo_moviegen.training.data import MicroBatches
+from nemo_moviegen.training.data import MicroBatches, batch_order
 from nemo_moviegen.training.text import with_text
 
 LIMITS = TokenLimits(ul2=4, metaclip=3, byt5=2)
@@ -111,7 +110,7 @@ def test_a_run_gets_the_same_batches_with_dropped_prompts_and_limits(folders, tm
     batches, num_empty = [], 0
     for run in recipes(folders, tmp_path):
         run = replace(run, data=replace(run.data, token_limits=limits))
-        order = BatchOrder(reader.latent_shapes, run.global_batch, run.seed, run.data.image_every)
+        order = batch_order(reader, run)
         source = MicroBatches(with_text(reader, run), order, run, 1, 2, first_step=0)
         batches.append([*itertools.islice(source, 12)])
     for cached, online in zip(*batches, strict=True):

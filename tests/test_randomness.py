@@ -19,7 +19,6 @@ from ranks import run_on_ranks
 
 from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
 from nemo_moviegen.data.latents import LatentReader, LatentSample
-from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.recipe import (
     AutoencoderSize,
     Bucket,
@@ -81,10 +80,10 @@ def recipe(folder, **changes):
 
 def copy_draws(run, copy, num_copies, first_step, num_steps):
     """What one model copy draws at each step."""
-    from nemo_moviegen.training.data import MicroBatches
+    from nemo_moviegen.training.data import MicroBatches, batch_order
 
     reader = LatentReader(run.data.folder)
-    order = BatchOrder(reader.latent_shapes, run.global_batch, run.seed, run.data.image_every)
+    order = batch_order(reader, run)
     return steps_of(
         MicroBatches(reader, order, run, copy, num_copies, first_step), run, num_copies, num_steps
     )
@@ -170,7 +169,7 @@ def _rank_draws(folder):
         torch.manual_seed(torch.distributed.get_rank())  # as a rank's own generator would
         run = recipe(folder, layout=layout)
         module = LatentDataModule(run)
-        module.trainer = SimpleNamespace(global_step=5)
+        module.trainer = SimpleNamespace(global_step=5, is_global_zero=False)
         found[layout] = steps_of(module.train_dataloader(), run, 4 // layout.model_ranks, 3)
     return found
 

@@ -25,7 +25,10 @@ class OnlineText:
 
     def read(self, rows) -> list[LatentSample]:
         """The samples of these rows as `LatentReader.read` gives them, with fresh features."""
-        samples = self.reader.read(rows)
+        return self.with_text(self.reader.read(rows))
+
+    def with_text(self, samples) -> list[LatentSample]:
+        """The samples with features encoded now in place of those they were read with."""
         contexts = self._encode([with_fps(sample.caption, sample.fps) for sample in samples])
         return [replace(sample, contexts=own) for sample, own in zip(samples, contexts, strict=True)]
 

@@ -9,9 +9,12 @@ import torch
 from nemo.lightning.pytorch.plugins import MegatronDataSampler
 
 from nemo_moviegen import flow
-from nemo_moviegen.data.collate import collate
+from nemo_moviegen.data.ahead import ahead
+from nemo_moviegen.data.collate import collate, collate_packed
 from nemo_moviegen.data.latents import LatentReader
+from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
+from nemo_moviegen.flops import token_cost
 from nemo_moviegen.training.text import with_text
 
 
@@ -19,35 +22,46 @@ class MicroBatches(torch.utils.data.IterableDataset):
     """Endless micro-batches of one model copy from a step on: a function of the step, nothing needs saving.
 
     `copy` of `num_copies` counts data-parallel copies; ranks of one copy (tp, cp) get the same samples.
+    `source` is a reader of samples, or an `OnlineText` around one. A thread reads and collates
+    `data.prefetch` micro-batches ahead; captions are encoded when they are due, by the thread that trains:
+    encoders in slices over ranks take part in collectives, whose order all ranks must share.
     """
 
-    def __init__(self, reader, order, recipe, copy, num_copies, first_step):
-        self.reader, self.order, self.recipe, self.first_step = reader, order, recipe, first_step
-        share = recipe.global_batch // num_copies
-        self.own = slice(copy * share, (copy + 1) * share)
+    def __init__(self, source, order, recipe, copy, num_copies, first_step):
+        self.source, self.order, self.recipe, self.first_step = source, order, recipe, first_step
+        self.copy, self.num_copies = copy, num_copies
 
     def __iter__(self):
-        size = self.recipe.size
+        prefetch = self.recipe.data.prefetch
+        if not isinstance(self.source, OnlineText):
+            return ahead(itertools.starmap(self._collate, self._read(self.source)), prefetch)
+        read = ahead(self._read(self.source.reader), prefetch)
+        return (self._collate(self.source.with_text(samples), *rest) for samples, *rest in read)
+
+    def _read(self, reader):
+        """(samples, epochs, whether they are a pack) of one micro-batch after the other."""
         for step in itertools.count(self.first_step):
-            rows, epochs = (column[self.own] for column in self.order.batch(step))
-            for start in range(0, len(rows), self.recipe.micro_batch):
-                part = slice(start, start + self.recipe.micro_batch)
-                samples = self.reader.read(rows[part])
-                samples = [self._drop_prompt(s, e) for s, e in zip(samples, epochs[part], strict=True)]
-                yield collate(
-                    samples,
-                    epochs[part],
-                    size.contexts,
-                    latent_channels=size.input_channels,
-                    token_limits=self.recipe.data.token_limits,
-                    statistics=self.reader.statistics,
-                )
+            is_pack = self.order.batching == "packed" and self.order.kind(step) == "video"
+            for rows, epochs in self.order.micro_batches(step, self.copy, self.num_copies):
+                yield reader.read(rows), epochs, is_pack
+
+    def _collate(self, samples, epochs, is_pack):
+        size = self.recipe.size
+        samples = [self._drop_prompt(s, e) for s, e in zip(samples, epochs, strict=True)]
+        return (collate_packed if is_pack else collate)(
+            samples,
+            epochs,
+            size.contexts,
+            latent_channels=size.input_channels,
+            token_limits=self.recipe.data.token_limits,
+            statistics=self.source.statistics,
+        )
 
     def _drop_prompt(self, sample, epoch):
         generator = flow.sample_generator(self.recipe.seed, sample.sample_id, epoch, "prompt_drop")
         if generator.random() >= self.recipe.data.prompt_drop:
             return sample
-        return replace(sample, contexts=self.reader.empty_prompt)
+        return replace(sample, contexts=self.source.empty_prompt)
 
 
 class LatentDataModule(pl.LightningDataModule):
@@ -59,9 +73,7 @@ class LatentDataModule(pl.LightningDataModule):
         self.reader = LatentReader(
             recipe.data.folder, skip_damaged=True, quarantine=Path(recipe.output) / "quarantine.jsonl"
         )
-        self.order = BatchOrder(
-            self.reader.latent_shapes, recipe.global_batch, recipe.seed, recipe.data.image_every
-        )
+        self.order = batch_order(self.reader, recipe)
         self.seq_length = recipe.size.num_tokens(self.largest_shape())
         self.global_batch_size, self.micro_batch_size = recipe.global_batch, recipe.micro_batch
         self.data_sampler = OwnMicroBatches(
@@ -80,21 +92,38 @@ class LatentDataModule(pl.LightningDataModule):
 
     def num_tokens(self, step) -> int:
         """Video tokens of the whole batch of a step."""
-        return self.recipe.size.num_tokens(self.order.shape(step)) * self.recipe.global_batch
+        return self.order.num_tokens(step)
 
     def train_dataloader(self):
         from megatron.core import parallel_state
 
         self.source = with_text(self.reader, self.recipe)
-        batches = MicroBatches(
+        num_copies = parallel_state.get_data_parallel_world_size()
+        if self.trainer.is_global_zero and (advice := self.order.advice(num_copies)):
+            print(f"{self.recipe.name}: {advice}", flush=True)
+        return MicroBatches(
             self.source,
             self.order,
             self.recipe,
             parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
+            num_copies,
             first_step=self.trainer.global_step,
         )
-        return torch.utils.data.DataLoader(batches, batch_size=None)
+
+
+def batch_order(reader, recipe) -> BatchOrder:
+    """The order in which a `VideoRecipe` takes the samples of a reader."""
+    return BatchOrder(
+        reader.latent_shapes,
+        recipe.global_batch,
+        recipe.seed,
+        recipe.data.image_every,
+        micro_batch=recipe.micro_batch,
+        batching=recipe.data.batching,
+        cost=token_cost(recipe.size),
+        num_tokens=recipe.size.num_tokens,
+        max_tokens=recipe.pack_tokens,
+    )
 
 
 class OwnMicroBatches(MegatronDataSampler):
