@@ -151,8 +151,10 @@ def _in_child(way, warm_up):
     peak = 0.0
     try:
         process = psutil.Process(child.pid)
-        while not receiver.poll(_POLL_SECONDS):
+        while True:
             peak = max(peak, resident_mib(process))
+            if receiver.poll(_POLL_SECONDS):
+                break
         found = receiver.recv()
     except (EOFError, psutil.NoSuchProcess):
         child.join()
