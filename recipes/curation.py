@@ -62,7 +62,7 @@ def tiny() -> CurationRecipe:
         "scene": {"low": 0.9, "high": 4},
         "aesthetics": {"low": 1.0},
         "still": {"low": 0.2},
-        "motion": {"low": 0.2, "high": 60},
+        "motion": {"low": 0.05, "high": 60},
         "jitter": {"high": 2.5},  # one shot of a second is one shot a second
     }
     return replace(

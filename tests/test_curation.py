@@ -12,13 +12,15 @@ from films import blurred, film, letterboxed, pan, slideshow, still, titled, zoo
 
 import recipes
 from nemo_moviegen import __main__ as cli
+from nemo_moviegen.curation.recipe import override
 from nemo_moviegen.curation.run import curate
 from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, read_manifest
 from nemo_moviegen.data.dali import ClipLoader
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.inputs import Bucket
 
-TINY = replace(recipes.get_curation("curation.tiny"), num_chunks=3)
+TINY = override(recipes.get_curation("curation.tiny"), ["num_chunks=3", "filters.motion.low=0.2"])
+SETTINGS = ("seed=3", "num_chunks=3", "filters.motion.low=0.2")
 DROPPED = {
     "duration": "short.mp4",
     "resolution": "small.mp4",
@@ -63,10 +65,7 @@ def folder(tmp_path_factory):
 def output(folder):
     """What `moviegen curate` wrote about them."""
     out = folder.parent / "out"
-    assert (
-        cli.main(["curate", str(folder), str(out), "--recipe", "curation.tiny", "seed=3", "num_chunks=3"])
-        == 0
-    )
+    assert cli.main(["curate", str(folder), str(out), "--recipe", "curation.tiny", *SETTINGS]) == 0
     return out
 
 
@@ -77,7 +76,9 @@ def test_each_step_drops_what_it_is_for_and_nothing_else(output):
     page = (output / "report.html").read_text()
     for step, name in DROPPED.items():
         part = page.split(f"<h3>{step} ")[1].split("</article>")[0]
-        dropped = part.split("passed</span>")[0]
+        dropped, passed = re.split(r"passed</span>|in the same order</span>", part)
+        if step == "dedup":
+            assert re.findall(r'<figure title="([^" ]+)', passed) == ["stock/pan.mp4"]
         assert re.findall(r'<figure title="([^" ]+)', dropped) == [name], step
         assert "data:image/jpeg" in dropped
 
@@ -126,8 +127,7 @@ def test_a_threshold_is_changed_without_scoring_again(folder, output, tmp_path, 
         str(tmp_path / "out"),
         "--recipe",
         "curation.tiny",
-        "seed=3",
-        "num_chunks=3",
+        *SETTINGS,
     ]
     assert cli.main([*command, "filters.border.high=1", "dedup_cosine=1.01", "images=false"]) == 0
     assert "0 videos scored; " in capsys.readouterr().out

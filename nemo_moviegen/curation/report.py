@@ -9,7 +9,7 @@ from datetime import datetime
 
 import numpy as np
 
-from nemo_moviegen.curation.select import KEPT, column_of
+from nemo_moviegen.curation.select import KEPT, TWINS, column_of, embeddings
 from nemo_moviegen.curation.store import replacing
 from nemo_moviegen.curation.work import read_strips
 from nemo_moviegen.report_samples import data_uri
@@ -91,16 +91,29 @@ def _shown(number, step, table, selection, recipe):
         away = [min((abs(score_N[row] - limit) for limit in limits), default=0.0) for row in dropped]
         dropped = dropped[np.argsort(away, kind="stable")]
     lots = np.random.default_rng([recipe.seed, number]).permutation(len(kept))
-    return {
+    part = {
         "dropped": [int(row) for row in dropped[:NUM_SHOWN]],
         "kept": [int(row) for row in kept[np.sort(lots[:NUM_SHOWN])]] if len(dropped) else [],
         "num_dropped": len(dropped),
     }
+    return _with_twins(part, table, kept) if step.name == TWINS and len(dropped) else part
+
+
+def _with_twins(part, table, past):
+    """Of clips dropped as copies, what they are copies of: that is shown instead of clips drawn by chance."""
+    dropped = part["dropped"]
+    cosine_DN = embeddings(table, dropped) @ embeddings(table, past).T
+    twins = cosine_DN.argmax(axis=1)
+    notes = {row: f"cosine {cosine_DN[n, twins[n]]:.4f}" for n, row in enumerate(dropped)}
+    return part | {"kept": [int(past[twin]) for twin in twins], "notes": notes}
 
 
 def _step(part, step, table, strips):
     def views(rows):
-        return [_view(row, step, table, strips) for row in rows]
+        return [_view(row, step, table, strips) | _note(row) for row in rows]
+
+    def _note(row):
+        return {"score": part["notes"][row]} if row in part.get("notes", {}) else {}
 
     return {
         "name": step.name,
@@ -108,6 +121,7 @@ def _step(part, step, table, strips):
         "num_dropped": part["num_dropped"],
         "dropped": views(part["dropped"]),
         "kept": views(part["kept"]),
+        "kept_title": "the clips they are copies of, in the same order" if "notes" in part else "passed",
     }
 
 

@@ -15,6 +15,8 @@ from nemo_moviegen.curation.recipe import CLIP_COLUMNS, HEADER_COLUMNS
 from nemo_moviegen.curation.score import passes
 
 KEPT = -1
+TWINS = "dedup"
+"""Name of the step that drops copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +122,8 @@ def _drop_twins(selection, table, recipe):
         if "quality" in table.column_names:
             worth.insert(0, -np.nan_to_num(column_of(table, "quality")[rows]))
         order = np.lexsort((np.arange(len(rows)), *worth))
-        stays_N[rows] = distinct(_embeddings(table, rows), order, recipe.dedup_cosine)
-    selection.apply(Step(name="dedup", condition=f"embedding cosine < {recipe.dedup_cosine:g}"), stays_N)
+        stays_N[rows] = distinct(embeddings(table, rows), order, recipe.dedup_cosine)
+    selection.apply(Step(name=TWINS, condition=f"embedding cosine < {recipe.dedup_cosine:g}"), stays_N)
 
 
 def _balance(selection, table, recipe, chance_N):
@@ -130,7 +132,7 @@ def _balance(selection, table, recipe, chance_N):
     rows = selection.kept
     stays_N = np.ones(len(table), bool)
     if len(rows):
-        label_N = clusters(_embeddings(table, rows), recipe.num_clusters, recipe.merge_cosine, recipe.seed)
+        label_N = clusters(embeddings(table, rows), recipe.num_clusters, recipe.merge_cosine, recipe.seed)
         stays_N[rows] = balanced(label_N, recipe.keep_share, chance_N[rows])
     condition = f"{100 * recipe.keep_share:g}%, 1 / sqrt(cluster size)"
     selection.apply(Step(name="resampling", condition=condition), stays_N)
@@ -158,7 +160,7 @@ def _keep_lowest(stays_N, rows, count, chance_N):
     stays_N[rows[np.argsort(chance_N[rows], kind="stable")[count:]]] = False
 
 
-def _embeddings(table, rows):
+def embeddings(table, rows):
     """float32 [N, D]. ValueError where the recipe's embedding has returned vectors of two lengths."""
     import pyarrow.compute as pc
 
