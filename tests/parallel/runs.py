@@ -15,17 +15,17 @@ from nemo_moviegen.data.latents import LatentSample
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
 
 
-def write_latents(folder, num_samples=24, seed=0):
-    """Clips of one shape, every third sample an image, prompts of different length."""
+def write_latents(folder, num_samples=24, seed=0, shapes=(tiny.LATENT_SHAPE,)):
+    """Clips whose latents (T, H, W) take turns, every third sample an image, prompts of different length."""
     rng = np.random.default_rng(seed)
-    frames, height, width = tiny.LATENT_SHAPE
 
     def features():
         return {c.name: rng.normal(size=(rng.integers(1, c.max_tokens), c.width)) for c in tiny.CONTEXTS}
 
     with LatentWriter(folder) as writer:
         for i in range(num_samples):
-            shape = (1 if i % 3 == 0 else frames, tiny.SIZE.input_channels, height, width)
+            frames, height, width = (1, *shapes[0][1:]) if i % 3 == 0 else shapes[i % len(shapes)]
+            shape = (frames, tiny.SIZE.input_channels, height, width)
             writer.add(
                 LatentSample(
                     sample_id=i,
