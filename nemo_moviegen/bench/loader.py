@@ -49,7 +49,9 @@ def bench_loader(
                 videos or render_films(scratch / "films"), bucket, batch_size, rounds, log
             )
         if "latents" in parts:
-            found["latents"] = _latents(scratch / "latents", rounds, log)
+            from nemo_moviegen.bench.latents import bench_all
+
+            found["latents"] = bench_all(scratch / "latents", rounds, log)
         if "memory" in parts:
             found["memory"] = soak(scratch / "clips", num_samples)
             log(f"resident memory over {num_samples} samples: {found['memory']}")
@@ -148,15 +150,4 @@ def _decode(folder, bucket, batch_size, rounds, log):
         found[kind] = bench_decode(clips, bucket, batch_size=batch_size, num_batches=4, rounds=rounds)
         size = f"{bucket.num_frames} x {bucket.height_px} x {bucket.width_px} at {bucket.fps:g} fps"
         log(table(f"{kind} to {size}, batches of {batch_size}", found[kind]["rows"], found[kind]["failed"]))
-    return found
-
-
-def _latents(folder, rounds, log):
-    from nemo_moviegen.bench.latents import DEMO, PRODUCTION, bench_latents, write_samples
-
-    found = {}
-    for name, what in (("production", PRODUCTION), ("demo", DEMO)):
-        write_samples(folder / name, what)
-        found[name] = bench_latents(folder / name, what, rounds)
-        log(table(f"latents, {name}", found[name]["rows"], found[name]["failed"]))
     return found

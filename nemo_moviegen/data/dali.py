@@ -4,8 +4,9 @@
     on a GPU:    row -> packets + frame numbers -> DALI: NVDEC, resize to cover, crop, to [-1, 1], layout
 
 Both read the same frames and fit them alike (frames.py, fit.py). DALI could decode VP8, VP9 and MJPEG on a
-CPU too, with decoder="dali": it takes about three times the processor of PyAV, which scales a frame before
-it has its colours (benchmarks/README.md). That way shows on any machine that the GPU's graph is right.
+CPU too, with decoder="dali": it takes 2.7 times the processor of PyAV (VP9, 640x360 to 256 px, one run of
+`moviegen bench loader`), for it makes whole frames RGB before it scales them. That way shows on any machine
+that the GPU's graph is right.
 
 No checkpoint of DALI's own is taken: nothing in the graph has a state. Which rows make batch k is a function
 of the order, and the order one of seed and step; a loader over the order from step k on delivers the batches
