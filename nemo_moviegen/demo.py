@@ -9,18 +9,17 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_moviegen.watch import run_watched
+
 STAGES_FILE = "stages.json"
 PROMPTS_FILE = "prompts.txt"
 NUM_CLIPS, NUM_HELDOUT = 600, 24
 NUM_SEEN_PROMPTS, NUM_HELDOUT_PROMPTS = 4, 2
-SAMPLE_SECONDS = 0.25
-"""How often the memory of a stage is looked at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +58,8 @@ def run_demo(out="out/demo", scale=1.0, *, fresh=False, num_clips=NUM_CLIPS) -> 
         print(f"\n{title}", flush=True)
         record = start_record(stage, key_of[stage.name], records, goes_on=stage.resumes and not rerun)
         rerun = True
+        if stage.name == "clips":
+            add_film(out)
         if stage.name == "generate":
             write_prompts(out)
         run_stage(stage, record, lambda: write_records(out, scale, stages, records))
@@ -70,19 +71,17 @@ def run_demo(out="out/demo", scale=1.0, *, fresh=False, num_clips=NUM_CLIPS) -> 
 def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     """The stages in order, for a demo below the folder `out`."""
     import recipes
-    from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, BIG_BUCK_BUNNY_CAPTION
     from nemo_moviegen.validation import heldout_folder
 
     tae, t2i, t2iv = (recipes.get(name) for name in ("tiny.tae", "tiny.t2i", "tiny.t2iv"))
-    clips, latents, encoders = out / "clips", out / "latents", out / "encoders"
+    videos, clips, latents, encoders = out / "videos", out / "clips", out / "latents", out / "encoders"
     manifest = clips / "manifest.parquet"
     bucket = tae.data.bucket
     frames, size, fps = bucket.num_frames, f"{bucket.height_px}x{bucket.width_px}", f"{bucket.fps:g}"
     where = {"output": out / "t2i", "data.folder": latents}
-    shapes = ("shapes", clips, "--clips", max(24, round(num_clips * scale)))
+    shapes = ("shapes", videos / "shapes", "--clips", max(24, round(num_clips * scale)))
     shapes += ("--heldout", max(4, round(NUM_HELDOUT * scale)))
-    cut = ("cut", BIG_BUCK_BUNNY, "--manifest", manifest, "--seconds", bucket.num_frames / bucket.fps)
-    cut += ("--caption", BIG_BUCK_BUNNY_CAPTION, "--images")
+    curate = ("curate", videos, clips, "--recipe", "curation.tiny")
     tae_train = train_command(tae, scale, {"output": out / "tae", "data.manifest": manifest})
     t2i_train = train_command(t2i, scale, where)
     t2iv_train = train_command(t2iv, scale, {**where, "output": out / "t2iv", "init_from": out / "t2i"})
@@ -93,7 +92,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     generate += ("--frames", frames, "--size", size, "--fps", fps)
     report = out / "report.html"
     return [
-        _stage("clips", (shapes, cut), clips),
+        _stage("clips", (shapes, curate), videos, clips),
         _stage("autoencoder", (tae_train,), out / "tae", resumes=True),
         _stage("latents", (encode,), encoders, latents, heldout_folder(latents)),
         _stage("images", (t2i_train,), out / "t2i", resumes=True),
@@ -114,8 +113,18 @@ def train_command(recipe, scale, settings) -> tuple[str, ...]:
     return ("train", recipe.name, *(f"{key}={value}" for key, value in changed.items()))
 
 
+def add_film(out) -> Path:
+    """Lay real film and its caption among the videos of the demo; returns the file."""
+    from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, BIG_BUCK_BUNNY_CAPTION
+
+    folder = out / "videos" / "film"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BIG_BUCK_BUNNY.name).with_suffix(".txt").write_text(BIG_BUCK_BUNNY_CAPTION + "\n")
+    return Path(shutil.copyfile(BIG_BUCK_BUNNY, folder / BIG_BUCK_BUNNY.name))
+
+
 def choose_prompts(clips) -> list[str]:
-    """Captions to generate from: unlike ones seen in training, held-out ones, and one of the real clips."""
+    """Captions of Moving Shapes to generate from: unlike ones seen in training, then held-out ones."""
     chosen = []
     for split, count in (("train", NUM_SEEN_PROMPTS), ("heldout", NUM_HELDOUT_PROMPTS)):
         left = [c for c in clips if c.kind == "video" and c.split == split and c.attributes]
@@ -126,8 +135,7 @@ def choose_prompts(clips) -> list[str]:
             if left and left[0].caption not in chosen:
                 chosen.append(left[0].caption)
                 used |= set(left[0].caption.split())
-    real = [clip.caption for clip in clips if clip.kind == "video" and not clip.attributes]
-    return chosen + real[:1]
+    return chosen
 
 
 def write_prompts(out) -> Path:
@@ -191,37 +199,6 @@ def run_stage(stage, record, save):
     save()
 
 
-def run_watched(command) -> tuple[int, float, int]:
-    """(exit code, seconds, peak bytes resident in all its processes) of a command on this terminal."""
-    started, peak_bytes = time.perf_counter(), 0
-    # Ranks share the cores; and warnings of foreign packages would bury what a stage says.
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
-    process = subprocess.Popen(command, env=environment)
-    try:
-        while True:
-            try:
-                code = process.wait(SAMPLE_SECONDS)
-                return code, time.perf_counter() - started, peak_bytes
-            except subprocess.TimeoutExpired:
-                peak_bytes = max(peak_bytes, resident_bytes(process.pid))
-    finally:
-        if process.poll() is None:
-            _end(process)
-
-
-def resident_bytes(pid) -> int:
-    """Resident memory of a process and all below it; pages they share count once for each."""
-    import psutil
-
-    total = 0
-    for process in _tree(pid):
-        try:
-            total += process.memory_info().rss
-        except psutil.Error:
-            continue  # ended meanwhile
-    return total
-
-
 def read_records(out) -> dict[str, dict]:
     """Records of an earlier demo by stage; none where stages.json is missing or damaged."""
     try:
@@ -264,30 +241,6 @@ def _delete(paths):
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _tree(pid):
-    import psutil
-
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.Error:
-        return []
-
-
-def _end(process):
-    """After Ctrl-C the stage has had the signal too and may be saving: wait, then end what is left of it."""
-    import psutil
-
-    tree = _tree(process.pid)
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-    _, left = psutil.wait_procs(tree, timeout=5)
-    for straggler in left:
-        straggler.kill()
 
 
 def _summary(records):

@@ -179,7 +179,14 @@ def data_part(demo) -> dict:
 
             note += f", {pq.read_metadata(index).num_rows} {what}"
     note += f", {len(quarantined)} quarantined."
-    return {"data": rows, "data_note": note, "quarantined": quarantined}
+    return {"data": rows, "data_note": note, "quarantined": quarantined, "funnel": funnel_rows(demo)}
+
+
+def funnel_rows(demo) -> list[dict]:
+    """Name, condition, clips left and percent of each step of curation; [] where there was none."""
+    path = demo / "clips" / "funnel.json"
+    steps = json.loads(path.read_text())["steps"] if path.is_file() else []
+    return [{**step, "percent": f"{step['percent']:.3g}"} for step in steps]
 
 
 def quarantined_files(demo) -> list[str]:

@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from nemo_moviegen import demo
-from nemo_moviegen.data.clips import BIG_BUCK_BUNNY
-from nemo_moviegen.data.cutting import cut_clips
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.demo import (
     NUM_HELDOUT_PROMPTS,
@@ -21,11 +19,10 @@ from nemo_moviegen.demo import (
     choose_prompts,
     demo_stages,
     keyed,
-    resident_bytes,
     run_demo,
-    run_watched,
 )
 from nemo_moviegen.video_files import read_frames
+from nemo_moviegen.watch import resident_bytes, run_watched
 
 
 @pytest.fixture
@@ -163,12 +160,10 @@ def test_every_command_of_the_demo_is_one_the_command_line_takes(tmp_path):
 def test_prompts_are_unlike_each_other_and_cover_both_splits(tmp_path):
     clips = write_moving_shapes(tmp_path, 24, progress=False)
     clips += write_moving_shapes(tmp_path, 4, split="heldout", progress=False)
-    clips += cut_clips(BIG_BUCK_BUNNY, 1.0, caption="a rabbit", images=True)
     prompts = choose_prompts(clips)
     split = {clip.caption: clip.split for clip in clips}
-    assert [split[prompt] for prompt in prompts] == ["train"] * 4 + ["heldout"] * 2 + ["train"]
-    assert len(set(prompts)) == 7
-    assert prompts[-1] == "a rabbit"
+    assert [split[prompt] for prompt in prompts] == ["train"] * 4 + ["heldout"] * 2
+    assert len(set(prompts)) == 6
     assert len({prompt.split()[1] for prompt in prompts[:4]}) == 4, "four colours"
 
 
@@ -197,7 +192,7 @@ def test_a_small_demo_runs_from_raw_video_to_the_report(tmp_path):
     assert [stage["finished"] for stage in written] == [True] * 7
     assert max(stage["peak_bytes"] for stage in written) < 8 << 30
     settings = json.loads((tmp_path / "generated" / "settings.json").read_text())
-    assert len(settings["samples"]) == NUM_SEEN_PROMPTS + NUM_HELDOUT_PROMPTS + 1
+    assert len(settings["samples"]) == NUM_SEEN_PROMPTS + NUM_HELDOUT_PROMPTS
     for sample in settings["samples"]:
         assert read_frames(tmp_path / "generated" / sample["file"]).shape == (16, 64, 64, 3)
     page = (tmp_path / "report.html").read_text()

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
     {"settings", "sizes", "layout", "inputs", "spikes", "validation"},
     {"flops", "recipe", "buckets"},
-    {"cluster", "batch", "flow", "prompts", "video_files"},
+    {"cluster", "batch", "flow", "prompts", "video_files", "watch"},
     {"data", "tae", "text_encoders", "video"},
     {"training"},
     {"encode", "generate", "report_charts", "report_samples", "launch"},
@@ -32,6 +32,7 @@ NO_TORCH = (
     "buckets",
     "cluster",
     "launch",
+    "watch",
     "tables",
     "arguments",
     "__main__",
