@@ -4,10 +4,12 @@ import json
 import random
 from dataclasses import replace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from encoding import MADE_WITH, a_clip, a_plan, files, indexed_train, lines, run, some_clips, stand_in
 
-from nemo_moviegen.data.clips import write_manifest
+from nemo_moviegen.data.clips import read_manifest, write_manifest
 from nemo_moviegen.data.encoded import told
 from nemo_moviegen.data.latent_writer import read_table
 from nemo_moviegen.data.latents import LatentReader
@@ -59,6 +61,17 @@ def test_of_clips_with_one_id_the_first_counts_and_the_others_are_named(tmp_path
     assert entry["clip_id"] == "clip2" and "has the same id" in entry["reason"]
     assert [*summary["refused"].values()] == [1]
     assert "1 refused: another clip" in told("out", summary | {"encoded": 5, "seconds": 1})
+
+
+def test_clips_of_one_id_within_a_manifest_stop_nobody_either(tmp_path):
+    manifest = write_manifest(tmp_path / "in.parquet", [a_clip(n) for n in range(4)])
+    rows = pq.read_table(manifest)
+    pq.write_table(pa.concat_tables([rows, rows.slice(1, 1)]), manifest)
+    with pytest.raises(ValueError, match="two clips are called 'clip1'"):
+        read_manifest(manifest)
+    plan = plan_shards([manifest], bucket=Bucket(num_frames=16, height_px=64, width_px=64, fps=16))
+    assert [clip_id for clip_id, _, _ in plan.refused] == ["clip1"]
+    assert sorted(row for shard in plan.shards for row in shard.rows) == [0, 1, 2, 3]
 
 
 def test_clips_without_a_bucket_are_counted_by_reason_and_named(tmp_path):

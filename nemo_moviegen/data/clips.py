@@ -153,8 +153,11 @@ def write_manifest(path, clips) -> Path:
     return path
 
 
-def read_manifest(path) -> Clips:
-    """Clips of the manifest in row order, paths absolute. ValueError says what is wrong with the file."""
+def read_manifest(path, *, with_twins=False) -> Clips:
+    """Clips of the manifest in row order, paths absolute. ValueError says what is wrong with the file.
+
+    Two clips of one id are wrong too, unless `with_twins` leaves them to the caller.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,7 +175,8 @@ def read_manifest(path) -> Clips:
         )
     table = _checked_columns(path, table.select(_schema().names))
     _check_rows(path, table)
-    _check_unique(path, table)
+    if not with_twins:
+        _check_unique(path, table)
     folder = str(path.parent.resolve())
     return Clips(_with_paths(table, lambda file: os.path.normpath(os.path.join(folder, file))))
 

@@ -78,9 +78,9 @@ def plan_shards(manifests, *, bucket=None, bucket_set=None, samples_per_shard=No
     Of two clips with one id the first counts. A shard has `samples_per_shard` clips, by default as many as
     make a GiB of latents, 1000 at most. ValueError for a manifest that cannot be read.
     """
-    clips = read_manifest(manifests[0])
+    clips = read_manifest(manifests[0], with_twins=True)
     for manifest in manifests[1:]:
-        clips += read_manifest(manifest)
+        clips += read_manifest(manifest, with_twins=True)
     first_N = _is_first(clips)
     if bucket_set is None:
         buckets, bucket_N = (bucket,), np.zeros(len(clips), np.int64)
