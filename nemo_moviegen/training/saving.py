@@ -35,6 +35,8 @@ class Checkpoints(pl.Callback):
         """The run's `SkipBadSteps`: what it has seen is saved too, and no bad step is."""
         self.validation = None
         """The run's `ValidationLoss`: what it measured of the step that has just ended decides what stays."""
+        self.order = None
+        """`BatchOrder.identity` of the run's samples: a checkpoint goes on only where its own is the same."""
         self.is_due, self.saved_step = False, -1
 
     def on_fit_start(self, trainer, module):
@@ -54,6 +56,7 @@ class Checkpoints(pl.Callback):
 
     def _resume(self, trainer):
         told = self.read(self.own)
+        _check_order(self.own, told.get("order"), self.order)
         if self.guard and "guard" in told:
             self.guard.detector.load_state(told["guard"])
         self.saved_step = told["step"]
@@ -106,6 +109,8 @@ class Checkpoints(pl.Callback):
         }
         if self.guard:
             told["guard"] = self.guard.detector.state()
+        if self.order:
+            told["order"] = self.order
         self.writer.start(lambda group: self._write(group, step, pieces(copied, owners), told))
         self.is_due, self.saved_step = False, step
 
@@ -126,6 +131,18 @@ class Checkpoints(pl.Callback):
             losses, keep_last=kept.keep_last, keep_every=kept.keep_every, keep_best=kept.keep_best
         ):
             remove(found[step])
+
+
+def _check_order(folder, saved, order):
+    """ValueError where the run would go on with samples in another order than it began with."""
+    if not saved or not order or saved == order:
+        return
+    keys = [key for key in {**saved, **order} if saved.get(key) != order.get(key)]
+    differing = ", ".join(f"{key} was {saved.get(key)}, now {order.get(key)}" for key in keys)
+    raise ValueError(
+        f"{folder}: the run can not go on, it would repeat some samples and skip others: {differing}. Set "
+        "that back, or start a new run from these weights: another output, and init_from this one"
+    )
 
 
 def _start_at(trainer, step):

@@ -1,6 +1,7 @@
 """Whole runs whose steps mix clips of several shapes: balanced and packed, on any ranks, also interrupted."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +89,33 @@ def test_a_run_stopped_on_two_copies_goes_on_with_one_and_four(tmp_path, latents
     for num_steps, num_ranks in ((2, 2), (4, 1), (6, 4)):
         train_on_ranks(replace(run, num_steps=num_steps), num_ranks)
     assert_same(told(run), one_rank)
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"global_batch": 8}, "global_batch was 4, now 8"),
+        ({"seed": 5}, "seed was 0, now 5"),
+        ({"data.batching": "bucket"}, "data.batching was {batching}, now bucket"),
+        ({"data.image_every": 2}, "data.image_every was 3, now 2"),
+    ],
+)
+def test_a_run_does_not_go_on_with_samples_in_another_order(
+    change, told, tmp_path, latents, batching, stopped
+):
+    run = replace(stopped, output=str(tmp_path), num_steps=4)
+    shutil.copytree(stopped.output, tmp_path, dirs_exist_ok=True)
+    data = replace(run.data, **{key[5:]: value for key, value in change.items() if key.startswith("data.")})
+    run = replace(run, data=data, **{k: value for k, value in change.items() if not k.startswith("data.")})
+    with pytest.raises(AssertionError, match=told.format(batching=batching) + ".*init_from"):
+        train_on_ranks(run, 1)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, latents, batching):
+    run = run_of(tmp_path_factory.mktemp("stopped"), latents, batching, num_steps=2)
+    train_on_ranks(run, 1)
+    return run
 
 
 def assert_same(found, wanted):
