@@ -38,13 +38,19 @@ def main(arguments=None) -> int:
 
 def recipes_command(options):
     """All recipes, or one of them as YAML."""
+    import recipes
+    import nemo_moviegen.curation.recipe as curation
     from nemo_moviegen import tables
     from nemo_moviegen.recipe import override, recipe_yaml
 
-    if options.recipe:
-        print(recipe_yaml(override(tables.find_recipe(options.recipe), options.settings)), end="")
-    else:
+    if not options.recipe:
         tables.show(tables.recipes_table())
+        tables.show(tables.curation_table())
+    elif options.recipe in recipes.CURATION:
+        recipe = recipes.get_curation(options.recipe)
+        print(recipe_yaml(curation.override(recipe, options.settings)), end="")
+    else:
+        print(recipe_yaml(override(tables.find_recipe(options.recipe), options.settings)), end="")
 
 
 def count_command(options):

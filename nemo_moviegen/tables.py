@@ -47,6 +47,14 @@ def recipes_table():
     return table
 
 
+def curation_table():
+    """A rich table with a row for each recipe of `moviegen curate`."""
+    table = _table("recipe", "filters", "what")
+    for name, function in recipes.CURATION.items():
+        table.add_row(name, f"{len(function().filters)}", function.__doc__.strip().splitlines()[0])
+    return table
+
+
 def count(size, latent_shape, text_tokens) -> dict:
     """Parameters and FLOPs of one sample, in all and for each component."""
     parameters = flops.parameters(size)

@@ -59,6 +59,14 @@ def test_recipes_lists_all_with_ranks_and_layout(capsys):
     assert "h100_4096   4,096   TP4 CP2 DP512             512    28,000" in row
 
 
+def test_the_recipes_of_curation_are_listed_and_printed_too(capsys):
+    assert cli.main(["recipes"]) == 0
+    assert "curation.high_res" in capsys.readouterr().out
+    assert cli.main(["recipes", "curation.low_res", "filters.text.high=0.4"]) == 0
+    told = yaml.safe_load(capsys.readouterr().out)
+    assert {f["name"]: f["high"] for f in told["filters"]}["text"] == 0.4
+
+
 def test_recipes_prints_one_as_yaml_with_overrides(capsys):
     assert cli.main(["recipes", "tiny.t2iv", "num_steps=7", "optim.learning_rate=0.5"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
