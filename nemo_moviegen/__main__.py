@@ -38,8 +38,8 @@ def main(arguments=None) -> int:
 
 def recipes_command(options):
     """All recipes, or one of them as YAML."""
-    import recipes
     import nemo_moviegen.curation.recipe as curation
+    import recipes
     from nemo_moviegen import tables
     from nemo_moviegen.recipe import override, recipe_yaml
 
