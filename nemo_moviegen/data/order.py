@@ -73,7 +73,7 @@ class BatchOrder:
         max_tokens=0,
     ):
         self.global_batch, self.image_every, self.micro_batch = global_batch, image_every, micro_batch
-        self.batching, self.seed = batching, seed
+        self.batching = batching
         self._check_settings(cost)
         self.shapes, self._counts_S, self._rows = _rows_by_shape(latent_shapes)
         num_images = sum(shape[0] == 1 for shape in self.shapes)  # sorted: images come first
@@ -90,16 +90,9 @@ class BatchOrder:
             self.plan = self._plan_packs(max_tokens)
 
     @property
-    def identity(self) -> dict:
-        """What makes the order another where it differs, as plain numbers and words."""
-        shapes = [[*shape, int(count)] for shape, count in zip(self.shapes, self._counts_S, strict=True)]
-        told = {"seed": self.seed, "global_batch": self.global_batch, "data.image_every": self.image_every}
-        told |= {"data.batching": self.batching, "latent shapes and samples": shapes}
-        if self.batching == "balanced":
-            told["micro_batch"] = self.micro_batch
-        if hasattr(self, "plan"):
-            told["tokens of a pack"] = int(self.plan.max_tokens)
-        return told
+    def contents(self) -> list[list[int]]:
+        """[T, H, W, number of samples] of each latent shape: with other data a step has other samples."""
+        return [[*shape, int(count)] for shape, count in zip(self.shapes, self._counts_S, strict=True)]
 
     def kind(self, step) -> str:
         """image or video."""

@@ -131,8 +131,15 @@ def _check_same_run(recipe):
         for name in ("name", *SAME)
         if getattr(theirs, name) != getattr(recipe, name)
     ]
-    if theirs.data.folder != recipe.data.folder:
-        changed.append(f"data.folder {theirs.data.folder} instead of {recipe.data.folder}")
+    changed += [
+        f"data.{name} {getattr(theirs.data, name)} instead of {getattr(recipe.data, name)}"
+        for name in ("folder", "image_every", "batching")
+        if getattr(theirs.data, name) != getattr(recipe.data, name)
+    ]
+    if recipe.data.batching == "balanced" and theirs.micro_batch != recipe.micro_batch:
+        changed.append(f"micro_batch {theirs.micro_batch} instead of {recipe.micro_batch}")
+    if recipe.data.batching == "packed" and theirs.pack_tokens != recipe.pack_tokens:
+        changed.append(f"packs of {theirs.pack_tokens} tokens instead of {recipe.pack_tokens}")
     if changed:
         raise ValueError(
             f"{recipe.output} holds another run than {recipe.name}: {'; '.join(changed)}; resume with its "

@@ -112,7 +112,18 @@ class LatentDataModule(pl.LightningDataModule):
 
 
 def batch_order(reader, recipe) -> BatchOrder:
-    """The order in which a `VideoRecipe` takes the samples of a reader."""
+    """The order in which a `VideoRecipe` takes the samples of a reader.
+
+    ValueError where a pack has no room for the longest of them.
+    """
+    tokens_of = recipe.size.num_tokens
+    longest = max(reader.distinct_shapes, key=tokens_of)
+    if recipe.data.batching == "packed" and tokens_of(longest) > recipe.pack_tokens:
+        raise ValueError(
+            f"{recipe.name}: a pack holds the tokens of the recipe's largest latent, {recipe.pack_tokens}, "
+            f"and {recipe.data.folder} has latents of {tokens_of(longest)}: set latent_frames={longest[0]} "
+            f"latent_height={longest[1]} latent_width={longest[2]}"
+        )
     return BatchOrder(
         reader.latent_shapes,
         recipe.global_batch,
@@ -121,7 +132,7 @@ def batch_order(reader, recipe) -> BatchOrder:
         micro_batch=recipe.micro_batch,
         batching=recipe.data.batching,
         cost=token_cost(recipe.size),
-        num_tokens=recipe.size.num_tokens,
+        num_tokens=tokens_of,
         max_tokens=recipe.pack_tokens,
     )
 

@@ -93,7 +93,7 @@ def _callbacks(recipe, data, own, other):
     from nemo_moviegen.training.validation import ValidationLoss
 
     checkpoints = Checkpoints(recipe, own, other)
-    checkpoints.order = data.order.identity
+    checkpoints.data = data.order.contents
     guard = checkpoints.guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
     validation = checkpoints.validation = ValidationLoss(recipe, data)
     monitor, metrics = Monitor(recipe, data, guard), Metrics(recipe, data, guard, validation)

@@ -35,8 +35,8 @@ class Checkpoints(pl.Callback):
         """The run's `SkipBadSteps`: what it has seen is saved too, and no bad step is."""
         self.validation = None
         """The run's `ValidationLoss`: what it measured of the step that has just ended decides what stays."""
-        self.order = None
-        """`BatchOrder.identity` of the run's samples: a checkpoint goes on only where its own is the same."""
+        self.data = None
+        """`BatchOrder.contents` of the run's samples: a checkpoint goes on only where they are the same."""
         self.is_due, self.saved_step = False, -1
 
     def on_fit_start(self, trainer, module):
@@ -56,7 +56,7 @@ class Checkpoints(pl.Callback):
 
     def _resume(self, trainer):
         told = self.read(self.own)
-        _check_order(self.own, told.get("order"), self.order)
+        _check_data(self.own, told.get("data"), self.data)
         if self.guard and "guard" in told:
             self.guard.detector.load_state(told["guard"])
         self.saved_step = told["step"]
@@ -109,8 +109,8 @@ class Checkpoints(pl.Callback):
         }
         if self.guard:
             told["guard"] = self.guard.detector.state()
-        if self.order:
-            told["order"] = self.order
+        if self.data:
+            told["data"] = self.data
         self.writer.start(lambda group: self._write(group, step, pieces(copied, owners), told))
         self.is_due, self.saved_step = False, step
 
@@ -133,15 +133,14 @@ class Checkpoints(pl.Callback):
             remove(found[step])
 
 
-def _check_order(folder, saved, order):
-    """ValueError where the run would go on with samples in another order than it began with."""
-    if not saved or not order or saved == order:
+def _check_data(folder, saved, data):
+    """ValueError where latents were added or taken away: the order of samples would be another."""
+    if not saved or not data or saved == data:
         return
-    keys = [key for key in {**saved, **order} if saved.get(key) != order.get(key)]
-    differing = ", ".join(f"{key} was {saved.get(key)}, now {order.get(key)}" for key in keys)
+    was, now = (sum(row[-1] for row in rows) for rows in (saved, data))
     raise ValueError(
-        f"{folder}: the run can not go on, it would repeat some samples and skip others: {differing}. Set "
-        "that back, or start a new run from these weights: another output, and init_from this one"
+        f"{folder}: its {was} samples are now {now}, or of other shapes; the run would repeat some and skip "
+        "others. Bring the old latents back, or start a new run from these weights: output=NEW init_from=this"
     )
 
 

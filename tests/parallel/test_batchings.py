@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 
+from nemo_moviegen.data.latent_writer import LatentWriter
+from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.recipe import LatentData, Layout
+from nemo_moviegen.training.checkpoint import starting_checkpoints
+from nemo_moviegen.training.data import batch_order
 from parallel.runs import recipe, train_on_ranks, write_latents
 
 FRAMES, HEIGHT, WIDTH = tiny.LATENT_SHAPE
@@ -94,21 +98,45 @@ def test_a_run_stopped_on_two_copies_goes_on_with_one_and_four(tmp_path, latents
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"global_batch": 8}, "global_batch was 4, now 8"),
-        ({"seed": 5}, "seed was 0, now 5"),
-        ({"data.batching": "bucket"}, "data.batching was {batching}, now bucket"),
-        ({"data.image_every": 2}, "data.image_every was 3, now 2"),
+        ({"global_batch": 8}, "global_batch 4 instead of 8"),
+        ({"seed": 5}, "seed 0 instead of 5"),
+        ({"data.batching": "bucket"}, "data.batching {batching} instead of bucket"),
+        ({"data.image_every": 2}, "data.image_every 3 instead of 2"),
     ],
 )
-def test_a_run_does_not_go_on_with_samples_in_another_order(
-    change, told, tmp_path, latents, batching, stopped
-):
-    run = replace(stopped, output=str(tmp_path), num_steps=4)
-    shutil.copytree(stopped.output, tmp_path, dirs_exist_ok=True)
-    data = replace(run.data, **{key[5:]: value for key, value in change.items() if key.startswith("data.")})
-    run = replace(run, data=data, **{k: value for k, value in change.items() if not k.startswith("data.")})
-    with pytest.raises(AssertionError, match=told.format(batching=batching) + ".*init_from"):
-        train_on_ranks(run, 1)
+def test_a_run_does_not_go_on_with_samples_in_another_order(change, told, batching, stopped):
+    of_data = {key[5:]: value for key, value in change.items() if key.startswith("data.")}
+    own = {key: value for key, value in change.items() if not key.startswith("data.")}
+    with pytest.raises(ValueError, match=told.format(batching=batching) + ".*init_from"):
+        starting_checkpoints(replace(stopped, data=replace(stopped.data, **of_data), **own))
+
+
+def test_packs_of_another_size_or_other_pieces_are_another_order(batching, stopped):
+    if batching == "packed":
+        change, told = {"latent_frames": 4}, "packs of 24 tokens instead of 32"
+    else:
+        change, told = {"micro_batch": 2}, "micro_batch 1 instead of 2"
+    with pytest.raises(ValueError, match=told):
+        starting_checkpoints(replace(stopped, **change))
+
+
+def test_a_run_does_not_go_on_with_other_latents(tmp_path, latents, stopped):
+    samples = LatentReader(latents).read(range(20))
+    shutil.copytree(latents, tmp_path / "kept")
+    with LatentWriter(latents) as writer:
+        for sample in samples:
+            writer.add(sample)
+    try:
+        with pytest.raises(AssertionError, match=r"its 24 samples are now 20.*init_from"):
+            train_on_ranks(replace(stopped, num_steps=4), 1)
+    finally:
+        shutil.copytree(tmp_path / "kept", latents, dirs_exist_ok=True)
+
+
+def test_a_pack_without_room_for_the_longest_clip_says_what_to_set(latents):
+    run = run_of("unused", latents, "packed", latent_frames=2)
+    with pytest.raises(ValueError, match="latents of 24: set latent_frames=3 latent_height="):
+        batch_order(LatentReader(latents), run)
 
 
 @pytest.fixture(scope="module")
