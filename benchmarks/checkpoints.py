@@ -20,9 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 from parallel.runs import train_on_ranks  # noqa: E402
+from random_latents import write_random_latents  # noqa: E402
 
-from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt  # noqa: E402
-from nemo_moviegen.data.latents import LatentSample  # noqa: E402
 from nemo_moviegen.recipe import Layout  # noqa: E402
 from nemo_moviegen.training.cpu import stand_in_for_cuda  # noqa: E402
 from recipes import tiny  # noqa: E402
@@ -37,7 +36,8 @@ def main():
     import nemo_moviegen.training.module  # noqa: F401
 
     with tempfile.TemporaryDirectory() as folder:
-        _write_latents(Path(folder, "latents"))
+        rng, size = np.random.default_rng(0), tiny.t2iv().size
+        write_random_latents(Path(folder, "latents"), size, 96, rng, shapes=[(2, 8, 8)], num_tokens=8)
         found = {s: _measure(Path(folder), s) for s in ("none", "optimizer", "full")}
     for sharding, values in found.items():
         print(sharding, json.dumps(values["summary"]))
@@ -45,29 +45,6 @@ def main():
         facts = {"machine": platform.processor() or platform.machine(), "ranks": 2, "recipe": "tiny.t2iv"}
         path = Path(__file__).with_suffix(".json")
         path.write_text(json.dumps({**facts, "sharding": found}, indent=1) + "\n", encoding="utf-8")
-
-
-def _write_latents(folder):
-    rng = np.random.default_rng(0)
-    size = tiny.t2iv().size
-
-    def features():
-        return {c.name: rng.normal(size=(8, c.width)) for c in size.contexts}
-
-    with LatentWriter(folder) as writer:
-        for i in range(96):
-            shape = (1 if i % 3 == 0 else 2, size.input_channels, 8, 8)
-            writer.add(
-                LatentSample(
-                    sample_id=i,
-                    clip_id=f"clip{i}",
-                    caption="",
-                    fps=16.0,
-                    contexts=features(),
-                    latent_TCHW=rng.normal(size=shape),
-                )
-            )
-    write_empty_prompt(folder, features())
 
 
 def _measure(folder, sharding):

@@ -163,33 +163,15 @@ def warm_up():
 def write_latents(folder, num_samples=48):
     """Random latents of the demo's shapes, a third of them images, and a few held out; returns the folder."""
     import numpy as np
+    from random_latents import write_random_latents
 
     import recipes
-    from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
-    from nemo_moviegen.data.latents import LatentSample
     from nemo_moviegen.validation import heldout_folder
 
     recipe, rng = recipes.get("tiny.t2iv"), np.random.default_rng(0)
-    size, area = recipe.size, (recipe.latent_height, recipe.latent_width)
-
-    def features():
-        return {c.name: rng.normal(size=(rng.integers(1, c.max_tokens), c.width)) for c in size.contexts}
-
+    shape = (recipe.latent_frames, recipe.latent_height, recipe.latent_width)
     for place, count in ((folder, num_samples), (heldout_folder(folder), 6)):
-        with LatentWriter(place) as writer:
-            for i in range(count):
-                frames = 1 if i % 3 == 0 else recipe.latent_frames
-                writer.add(
-                    LatentSample(
-                        sample_id=i,
-                        clip_id=f"clip{i}",
-                        caption="",
-                        fps=16.0,
-                        contexts=features(),
-                        latent_TCHW=rng.normal(size=(frames, size.input_channels, *area)),
-                    )
-                )
-        write_empty_prompt(place, features())
+        write_random_latents(place, recipe.size, count, rng, shapes=[shape])
     return folder
 
 

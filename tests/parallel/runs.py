@@ -8,35 +8,15 @@ from dataclasses import replace
 import numpy as np
 import tiny
 import torch.distributed as dist
+from random_latents import write_random_latents
 from ranks import run_on_ranks
 
-from nemo_moviegen.data.latent_writer import LatentWriter, write_empty_prompt
-from nemo_moviegen.data.latents import LatentSample
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
 
 
 def write_latents(folder, num_samples=24, seed=0, shapes=(tiny.LATENT_SHAPE,)):
     """Clips whose latents (T, H, W) take turns, every third sample an image, prompts of different length."""
-    rng = np.random.default_rng(seed)
-
-    def features():
-        return {c.name: rng.normal(size=(rng.integers(1, c.max_tokens), c.width)) for c in tiny.CONTEXTS}
-
-    with LatentWriter(folder) as writer:
-        for i in range(num_samples):
-            frames, height, width = (1, *shapes[0][1:]) if i % 3 == 0 else shapes[i % len(shapes)]
-            shape = (frames, tiny.SIZE.input_channels, height, width)
-            writer.add(
-                LatentSample(
-                    sample_id=i,
-                    clip_id=f"clip{i}",
-                    caption="",
-                    fps=16.0,
-                    contexts=features(),
-                    latent_TCHW=rng.normal(size=shape),
-                )
-            )
-    write_empty_prompt(folder, features())
+    write_random_latents(folder, tiny.SIZE, num_samples, np.random.default_rng(seed), shapes=shapes)
 
 
 def recipe(folder, latents, **changes) -> VideoRecipe:
