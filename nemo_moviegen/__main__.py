@@ -222,6 +222,30 @@ def bench_command(options):
     )
 
 
+def evaluate_command(options):
+    """Measure a trained model."""
+    from nemo_moviegen.evaluation.autoencoder import REPORT, evaluate_autoencoder
+    from nemo_moviegen.evaluation.rows import notes, results_table
+    from nemo_moviegen.tables import show
+
+    metrics = evaluate_autoencoder(
+        options.run_folder,
+        options.clips,
+        options.output,
+        against=options.against,
+        seconds=options.seconds,
+        size=options.size,
+        fps=options.fps,
+        limit=options.limit,
+        features=options.features,
+        fit=options.fit,
+        seed=options.seed,
+    )
+    if metrics:  # one rank has them
+        show(results_table(metrics))
+        print(*notes(metrics), Path(options.output) / REPORT, sep="\n")
+
+
 def report_command(options):
     """Write the page about a demo."""
     from nemo_moviegen.report import write_report
@@ -240,6 +264,7 @@ COMMANDS = {
     "encode": encode_command,
     "generate": generate_command,
     "demo": demo_command,
+    "evaluate": evaluate_command,
     "bench": bench_command,
     "report": report_command,
 }

@@ -131,6 +131,25 @@ def _parser():
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
 
+    add = command("evaluate", "measure a trained model on held-out clips: numbers, pictures and a page")
+    add("what", choices=("tae",), help="tae: how well an autoencoder reconstructs, and its latents' outliers")
+    add("run_folder", metavar="RUN", help="run folder of the autoencoder")
+    add("clips", metavar="CLIPS", help="manifest (held-out clips, if it has any), video, or folder of videos")
+    add("--against", nargs="+", default=[], metavar="RUN", help="further runs to measure on the same frames")
+    add("--seconds", nargs="+", type=float, default=[2, 4, 6, 8], help="durations of clips (2 4 6 8)")
+    add(
+        "--size",
+        type=_frame_size,
+        metavar="HxW",
+        help="in pixels; default, as of --fps: the run's own",
+    )
+    add("--fps", type=float, help="frames a second")
+    add("--fit", action="store_true", help="crop a size that is no multiple of 8 to one that is")
+    add("--limit", type=int, default=200, help="clips of each duration, and images, at most (%(default)s)")
+    add("--features", default="random", help="FID's: random, TorchScript or .pt2 file, package.module:name")
+    add("--output", default="out/evaluation", help="folder for metrics and pictures (%(default)s)")
+    add("--seed", type=int, default=0, help="which clips are drawn (%(default)s)")
+
     add = command("bench", "measure the data engine: ways to do the same work, in turns, with their ratios")
     add("what", choices=("loader",), help="loader: decoding, reading latents, memory, time to a first batch")
     add("--parts", nargs="+", choices=("decode", "latents", "memory", "start"), help="some only (all)")

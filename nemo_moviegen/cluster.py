@@ -81,10 +81,12 @@ def placed(recipe, cluster):
     root = Path(cluster.root)
     if root == Path("."):
         return recipe
+    init_from = str(root / recipe.init_from) if recipe.init_from else ""
     if isinstance(recipe, TaeRecipe):
         data = replace(recipe.data, manifest=str(root / recipe.data.manifest))
-        return replace(recipe, data=data, output=str(root / recipe.output))
-    init_from = str(root / recipe.init_from) if recipe.init_from else ""
+        vgg_weights = str(root / recipe.loss.vgg_weights) if recipe.loss.vgg_weights else ""
+        loss = replace(recipe.loss, vgg_weights=vgg_weights)
+        return replace(recipe, data=data, loss=loss, output=str(root / recipe.output), init_from=init_from)
     data = replace(recipe.data, folder=str(root / recipe.data.folder))
     heldout = str(root / recipe.validation.folder) if recipe.validation.folder else ""
     return replace(

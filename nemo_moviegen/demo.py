@@ -73,7 +73,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     import recipes
     from nemo_moviegen.validation import heldout_folder
 
-    tae, t2i, t2iv = (recipes.get(name) for name in ("tiny.tae", "tiny.t2i", "tiny.t2iv"))
+    tae_image, tae, t2i, t2iv = map(recipes.get, ("tae.tiny_image", "tae.tiny", "tiny.t2i", "tiny.t2iv"))
     videos, clips, latents, encoders = out / "videos", out / "clips", out / "latents", out / "encoders"
     manifest = clips / "manifest.parquet"
     bucket = tae.data.bucket
@@ -82,7 +82,10 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     shapes = ("shapes", videos / "shapes", "--clips", max(24, round(num_clips * scale)))
     shapes += ("--heldout", max(4, round(NUM_HELDOUT * scale)))
     curate = ("curate", videos, clips, "--recipe", "curation.tiny")
-    tae_train = train_command(tae, scale, {"output": out / "tae", "data.manifest": manifest})
+    where_image = {"output": out / "tae_image", "data.manifest": manifest}
+    tae_image_train = train_command(tae_image, scale, where_image)
+    where_tae = {"output": out / "tae", "data.manifest": manifest, "init_from": out / "tae_image"}
+    tae_train = train_command(tae, scale, where_tae)
     t2i_train = train_command(t2i, scale, where)
     t2iv_train = train_command(t2iv, scale, {**where, "output": out / "t2iv", "init_from": out / "t2i"})
     encode = ("encode", "--manifest", manifest, "--autoencoder", out / "tae", "--encoders", encoders)
@@ -93,6 +96,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     report = out / "report.html"
     return [
         _stage("clips", (shapes, curate), videos, clips),
+        _stage("image autoencoder", (tae_image_train,), out / "tae_image", resumes=True),
         _stage("autoencoder", (tae_train,), out / "tae", resumes=True),
         _stage("latents", (encode,), encoders, latents, heldout_folder(latents)),
         _stage("images", (t2i_train,), out / "t2i", resumes=True),

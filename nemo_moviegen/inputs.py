@@ -92,12 +92,27 @@ class ClipData:
     """Raw clips the autoencoder trains on."""
 
     manifest: str
-    """Parquet manifest: one row a clip."""
+    """Parquet manifest, one row a clip; or one video file, which is cut into clips of the bucket's length."""
     bucket: Bucket
     image_every: int = 4
     """One iteration in this many takes images: 4 is the paper's 1:3 (s3.1.1)."""
+    crop_px: int = 0
+    """Height and width of random crops of what the bucket delivers; 0 = whole frames."""
+    crops: int = 1
+    """Crops of each clip or image: decoding once serves them all."""
 
     def __post_init__(self):
+        if (
+            self.crop_px < 0
+            or self.crop_px % 8
+            or self.crop_px > min(self.bucket.height_px, self.bucket.width_px)
+        ):
+            raise ValueError(
+                f"data.crop_px is {self.crop_px}; use 0 for whole frames, or a multiple of 8 that fits the "
+                f"bucket of {self.bucket.width_px}x{self.bucket.height_px} px"
+            )
+        if self.crops < 1 or (self.crops > 1 and not self.crop_px):
+            raise ValueError(f"data.crops is {self.crops}; use 1, or more where data.crop_px cuts them out")
         if self.image_every < 0:
             raise ValueError(
                 f"data.image_every is {self.image_every}; use 0 for no images, 1 for images only"

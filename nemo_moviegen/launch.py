@@ -46,11 +46,7 @@ def launch(recipe, debug=False) -> int:
 def check_inputs(recipe):
     """ValueError naming what `recipe` reads and does not find."""
     if isinstance(recipe, TaeRecipe):
-        if not Path(recipe.data.manifest).is_file():
-            raise ValueError(
-                f"{recipe.name} reads the clips of {recipe.data.manifest}, which is not there: "
-                f"write it with `moviegen shapes` or `moviegen cut`, or set data.manifest"
-            )
+        _check_autoencoder_inputs(recipe)
         return
     if not (Path(recipe.data.folder) / "index.parquet").is_file():
         raise ValueError(
@@ -69,6 +65,27 @@ def check_inputs(recipe):
         raise ValueError(
             f"{recipe.name} starts from the run in {recipe.init_from}, which holds no recipe.yaml: "
             f"train that stage first, or set init_from (empty = fresh weights)"
+        )
+
+
+def _check_autoencoder_inputs(recipe):
+    if not Path(recipe.data.manifest).is_file():
+        raise ValueError(
+            f"{recipe.name} reads the clips of {recipe.data.manifest}, which is not there: write it with "
+            "`moviegen shapes` or `moviegen cut`, or set data.manifest (a manifest, or one video file)"
+        )
+    if recipe.loss.perceptual and not Path(recipe.loss.vgg_weights).is_file():
+        raise ValueError(
+            f"{recipe.name} compares features of VGG16, whose weights {recipe.loss.vgg_weights} are not there: "
+            "set loss.vgg_weights to torchvision's vgg16-397923af.pth, or train without by loss.perceptual=0"
+        )
+    start = Path(recipe.init_from)
+    resumes = (Path(recipe.output) / RECIPE_FILE).is_file()
+    if recipe.init_from and not resumes and not any((start / f).is_file() for f in (RECIPE_FILE, "config.json")):
+        raise ValueError(
+            f"{recipe.name} starts from the autoencoder in {recipe.init_from}, which is not there: train it "
+            "first, or set init_from to its run folder, to a folder of diffusers' AutoencoderKL, or to nothing "
+            "(init_from=) for fresh weights"
         )
 
 

@@ -13,8 +13,11 @@ from nemo_moviegen.inputs import ClipData as ClipData
 from nemo_moviegen.inputs import LatentData as LatentData
 from nemo_moviegen.layout import Layout as Layout
 from nemo_moviegen.layout import nearest_bucket
+from nemo_moviegen.objectives import AutoencoderLosses as AutoencoderLosses
+from nemo_moviegen.objectives import DiscriminatorSettings as DiscriminatorSettings
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
+from nemo_moviegen.sizes import AutoencoderSize as AutoencoderSize
 from nemo_moviegen.sizes import TransformerSize
 from nemo_moviegen.spikes import Guard as Guard
 from nemo_moviegen.validation import Validation as Validation
@@ -217,43 +220,20 @@ class VideoRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoencoderSize:
-    """Temporal autoencoder (s3.1.1): 8x8x8, 16 channels. Widths are our default (LDM)."""
-
-    base_width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 4, 4)
-    blocks_per_level: int = 2
-    latent_channels: int = 16
-    temporal_kernel: int = 3
-
-    def __post_init__(self):
-        object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        if len(self.multipliers) != 4:
-            raise ValueError(
-                f"multipliers {self.multipliers} need four levels: three of them halve, 8x in all"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaeRecipe(Recipe):
-    """Training of the temporal autoencoder (s3.1.1). All loss weights but the outlier penalty's are ours."""
+    """Training of the temporal autoencoder (s3.1.1), or of the 2D one it starts from."""
 
     autoencoder: AutoencoderSize = field(default_factory=AutoencoderSize)
     data: ClipData
-    image_steps: int = 0
-    """First steps that take images only: they stand in for the pre-trained image autoencoder of s3.1.1."""
+    loss: AutoencoderLosses = field(default_factory=AutoencoderLosses)
+    discriminator: DiscriminatorSettings = field(default_factory=DiscriminatorSettings)
+    init_from: str = ""
+    """Run folder of an autoencoder, or a folder of diffusers' AutoencoderKL; one that is 2D is inflated.
+    Empty = fresh weights."""
     image_batch: int = 0
     """Images of an image step, all ranks; 0 = global_batch. An image is a fraction of the work of a clip."""
-    l1_weight: float = 1.0
-    squared_error_steps: int = 0
-    """First steps that take the squared error in place of L1: L1 from fresh weights learns the background."""
-    kl_weight: float = 1e-6
-    outlier_weight: float = 1e5
-    """Weight of the outlier penalty (eq. 1)."""
-    outlier_from_step: int = 0
-    """First step with the penalty; the paper's ablation turns it on for the last sixth (s3.6.1)."""
-    outlier_scale: float = 3.0
-    """r of eq. 1: standard deviations a latent may leave the mean."""
+    ema_decay: float = 0.0
+    """Of a moving average of the weights, which is what is loaded from the run; 0 = none."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -262,6 +242,8 @@ class TaeRecipe(Recipe):
                 f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
                 f"multiple of global_batch {self.global_batch}"
             )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"{self.name}: ema_decay is {self.ema_decay}; use 0 or more and less than 1")
         bucket = self.data.bucket
         if bucket.height_px % 8 or bucket.width_px % 8:
             raise ValueError(

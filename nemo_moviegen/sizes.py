@@ -168,3 +168,51 @@ VIDEO_TINY = TransformerSize(  # the demo's model: seconds on two CPU cores
 )
 
 SIZES = {size.name: size for size in (VIDEO_30B, VIDEO_5B, UPSAMPLER_7B, AUDIO_13B, VIDEO_TINY)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderSize:
+    """Temporal autoencoder (s3.1.1): 8x8x8, 16 channels. Widths are our default (LDM)."""
+
+    base_width: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    latent_channels: int = 16
+    """16 is the paper's; 8 that of its ablation (Table 10)."""
+    inflation: str = "2.5D"
+    """2.5D: a convolution over time after each over space (the paper's). 3D: both in one (Table 11). 2D: none,
+    an image autoencoder that takes each frame alone; what the other two start from."""
+    temporal_compression: int = 8
+    """Frames in a latent: 8 is the paper's, 4 that of its ablation, 1 none (2D always)."""
+    temporal_kernel: int = 3
+
+    def __post_init__(self):
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if len(self.multipliers) != 4:
+            raise ValueError(
+                f"multipliers {self.multipliers} need four levels: three of them halve, 8x in all"
+            )
+        if self.inflation not in ("2D", "2.5D", "3D"):
+            raise ValueError(f"autoencoder.inflation is {self.inflation!r}; use 2D, 2.5D or 3D")
+        if self.temporal_compression not in (1, 2, 4, 8):
+            raise ValueError(
+                f"autoencoder.temporal_compression is {self.temporal_compression}; use 8, 4, 2 or 1"
+            )
+        if self.inflation == "2D" and self.temporal_compression != 1:
+            raise ValueError(
+                f"autoencoder.inflation=2D sees each frame alone and can not put {self.temporal_compression} "
+                "frames in a latent: set autoencoder.temporal_compression=1"
+            )
+        if self.temporal_kernel < 1 or self.temporal_kernel % 2 == 0:
+            raise ValueError(
+                f"autoencoder.temporal_kernel is {self.temporal_kernel}; use an odd number of frames"
+            )
+        for name in ("base_width", "blocks_per_level", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"autoencoder.{name} is {getattr(self, name)}; use 1 or more")
+
+    @property
+    def temporal_strides(self) -> tuple[int, int, int]:
+        """Of the three places that halve height and width, in the encoder's order: the last ones first."""
+        halvings = self.temporal_compression.bit_length() - 1
+        return tuple(2 if 3 - place <= halvings else 1 for place in range(3))

@@ -1,10 +1,15 @@
 """What is trained, and on which clips: argument-free functions. These tables are the only registries."""
 
 from nemo_moviegen.settings import nearest
-from recipes import curation, tiny, video_30b
+from recipes import curation, tae, tiny, video_30b
 
 RECIPES = {
-    "tiny.tae": tiny.tae,
+    "tae.image_init": tae.image_init,
+    "tae.joint": tae.joint,
+    "tae.opl_finetune": tae.opl_finetune,
+    "tae.tiny_image": tae.tiny_image,
+    "tae.tiny": tae.tiny,
+    "tae.small": tae.small,
     "tiny.t2i": tiny.t2i,
     "tiny.t2iv": tiny.t2iv,
     "video_30b.t2i_256_1536": video_30b.t2i_256_1536,

@@ -37,7 +37,7 @@ def mistake(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["recipes"], ["recipes", "tiny.tae"], ["count", "video_30b"], ["--help"]]
+    "arguments", [["recipes"], ["recipes", "tae.tiny"], ["count", "video_30b"], ["--help"]]
 )
 def test_answers_without_importing_what_is_heavy(arguments):
     code = (
@@ -111,7 +111,7 @@ def test_count_takes_a_recipe_and_a_recipe_file(capsys, tmp_path):
         (["recipes", "tiny.t2"], "did you mean 'tiny.t2i'"),
         (["recipes", "nowhere.yaml"], "nowhere.yaml"),
         (["count", "video_30"], "did you mean 'video_30b'"),
-        (["count", "tiny.tae"], "trains an autoencoder"),
+        (["count", "tae.tiny"], "trains an autoencoder"),
         (["count", "video_30b", "--latent", "33x96x96"], "33 positions, video_30b has 32"),
         (["train", "tini.t2i"], "no recipe 'tini.t2i'; did you mean 'tiny.t2i'"),
         (["train", "tiny.t2i", "context=2"], "did you mean 'layout.context'"),
@@ -119,7 +119,7 @@ def test_count_takes_a_recipe_and_a_recipe_file(capsys, tmp_path):
         (["train", "tiny.t2i", "layout.tensor=2", "layout.context=2"], "2 ranks do not split"),
         (["train", "tiny.t2i", "global_batch=3"], "global_batch 3 does not split over 2 model copies"),
         (["train", "tiny.t2i"], "reads the latents of out/demo/latents, which holds no index.parquet"),
-        (["train", "tiny.tae"], "reads the clips of out/demo/clips/manifest.parquet, which is not there"),
+        (["train", "tae.tiny"], "reads the clips of out/demo/clips/manifest.parquet, which is not there"),
         (["train", "video_30b.t2i_256_1536"], "cluster h100_1536 has 192 nodes, this is one process"),
         (["cut", "nothing.mp4", "--manifest", "m.parquet"], "nothing.mp4: no such file"),
         (["shapes", "clips", "--size", "63"], "sizes are even"),
@@ -225,7 +225,7 @@ def test_a_mistake_that_the_ranks_find_is_said_once(tmp_path):
     settings = ["data.manifest=junk.parquet", "output=run", "num_steps=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*MOVIEGEN, "train", "tiny.tae", *settings], capture_output=True, text=True, env=environment
+        [*MOVIEGEN, "train", "tae.tiny", *settings], capture_output=True, text=True, env=environment
     )
     assert result.returncode == 2
     said = [line for line in result.stderr.splitlines() if line.startswith("moviegen: ")]

@@ -145,7 +145,7 @@ def test_keys_depend_on_all_stages_before():
 def test_the_commands_of_the_standard_demo_change_nothing_of_the_recipes():
     stages = demo_stages(Path("out/demo"), 1.0)
     trained = [command for stage in stages for command in stage.commands if command[0] == "train"]
-    assert trained == [("train", "tiny.tae"), ("train", "tiny.t2i"), ("train", "tiny.t2iv")]
+    assert trained == [("train", "tae.tiny"), ("train", "tiny.t2i"), ("train", "tiny.t2iv")]
 
 
 def test_every_command_of_the_demo_is_one_the_command_line_takes(tmp_path):

@@ -24,7 +24,7 @@ from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
 from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE
 from nemo_moviegen.validation import heldout_folder
-from recipes import tiny
+from recipes import tae
 
 CONTEXTS = VIDEO_TINY.contexts
 BUCKET = Bucket(
@@ -47,11 +47,10 @@ def stage(tmp_path_factory, autoencoder):
     clips = write_moving_shapes(folder, 5, num_frames=20, fps=32, seed=1, progress=False)
     clips += write_moving_shapes(folder, 2, num_frames=20, fps=32, seed=1, split="heldout", progress=False)
     write_toy_encoders(folder / "encoders", CONTEXTS)
-    tae = replace(tiny.tae(), autoencoder=SMALL, output=str(folder / "tae"))
+    recipe = replace(tae.tiny(), autoencoder=SMALL, output=str(folder / "tae"))
     (folder / "tae").mkdir()
-    (folder / "tae" / RECIPE_FILE).write_text(recipe_yaml(tae))
-    weights = {f"autoencoder.{name}": value for name, value in autoencoder.state_dict().items()}
-    torch.save({"state_dict": weights}, folder / "tae" / CHECKPOINT_FILE)
+    (folder / "tae" / RECIPE_FILE).write_text(recipe_yaml(recipe))
+    torch.save({"autoencoder": autoencoder.state_dict()}, folder / "tae" / CHECKPOINT_FILE)
     return types.SimpleNamespace(clips=clips, tae=folder / "tae", encoders=folder / "encoders")
 
 

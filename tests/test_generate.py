@@ -25,7 +25,7 @@ from nemo_moviegen.generate import (
 from nemo_moviegen.recipe import recipe_yaml
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.video_files import read_frames
-from recipes import tiny
+from recipes import tae, tiny
 
 SIZES = (ContextSize(name="ul2", width=4, max_tokens=5), ContextSize(name="byt5", width=3, max_tokens=2))
 LATENT_TCHW = (2, 16, 4, 6)
@@ -190,8 +190,8 @@ def test_a_latent_beyond_the_position_tables_is_refused(tmp_path):
 def test_a_folder_without_a_video_recipe_is_no_run(tmp_path):
     with pytest.raises(ValueError, match=r"no recipe\.yaml"):
         check_fits(tmp_path, (1, 8, 8))
-    write_recipe(tmp_path, tiny.tae())
-    with pytest.raises(ValueError, match=r"a run of tiny\.tae, which is no video model"):
+    write_recipe(tmp_path, tae.tiny())
+    with pytest.raises(ValueError, match=r"a run of tae\.tiny, which is no video model"):
         check_fits(tmp_path, (1, 8, 8))
 
 
@@ -214,7 +214,7 @@ def folders(tmp_path_factory):
 
     found = {name: tmp_path_factory.mktemp(name) for name in ("run", "tae", "encoders", "latents")}
     write_recipe(found["run"], RECIPE)
-    write_recipe(found["tae"], tiny.tae())
+    write_recipe(found["tae"], tae.tiny())
     write_toy_encoders(found["encoders"], RECIPE.size.contexts)
     empty = TextEncoders.load(found["encoders"], RECIPE.size.contexts).encode([""])[0]
     latent = 2 * np.random.default_rng(0).standard_normal((2, 16, 8, 8)) + 1

@@ -9,13 +9,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes", "layout", "inputs", "spikes", "validation"},
+    {"settings", "sizes", "layout", "inputs", "objectives", "spikes", "validation", "windows"},
     {"flops", "recipe", "buckets"},
     {"cluster", "batch", "flow", "prompts", "video_files", "watch"},
     {"data", "tae", "text_encoders", "video"},
     {"training"},
     {"encode", "generate", "report_charts", "report_samples", "launch"},
     {"report", "curation", "bench"},
+    {"evaluation"},
     {"recipes"},
     {"tables", "demo", "arguments"},
     {"__main__", "nemo_cli"},
@@ -25,8 +26,10 @@ NO_TORCH = (
     "sizes",
     "layout",
     "inputs",
+    "objectives",
     "spikes",
     "validation",
+    "windows",
     "flops",
     "recipe",
     "buckets",

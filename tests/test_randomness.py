@@ -30,7 +30,7 @@ from nemo_moviegen.recipe import (
     VideoRecipe,
 )
 from nemo_moviegen.tae.model import TemporalAutoencoder
-from nemo_moviegen.training.autoencoder import losses
+from nemo_moviegen.training.autoencoder_step import reconstruct
 from nemo_moviegen.training.cpu import stand_in_for_cuda
 
 SHAPE = (2, 4, 8, 4)  # frames, channels, height, width
@@ -271,15 +271,15 @@ def test_the_latent_an_autoencoder_draws_belongs_to_sample_and_step():
     def l1(rows, step):
         ids = [(70, 80)[row] for row in rows]
         return [
-            float(losses(run, autoencoder, video[row : row + 1], [i], step)["l1"])
+            float(reconstruct(run, autoencoder, video[row : row + 1], [i], step).losses["l1"])
             for row, i in zip(rows, ids, strict=True)
         ]
 
     first, second = l1([0, 1], 4)
     with other_global_state(3), torch.no_grad():
         assert l1([1, 0], 4) == [second, first]
-        both = float(losses(run, autoencoder, video, [70, 80], 4)["l1"])
+        both = float(reconstruct(run, autoencoder, video, [70, 80], 4).losses["l1"])
     assert both == pytest.approx((first + second) / 2, rel=1e-12)
     assert l1([0], 5) != [first]
-    same_picture = [float(losses(run, autoencoder, video[:1], [i], 4)["l1"]) for i in (70, 71)]
+    same_picture = [float(reconstruct(run, autoencoder, video[:1], [i], 4).losses["l1"]) for i in (70, 71)]
     assert same_picture[0] == first != same_picture[1]

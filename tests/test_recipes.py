@@ -86,7 +86,7 @@ def test_an_override_changes_one_setting_and_keeps_its_type():
 
 
 def test_a_tuple_is_set_as_a_whole_or_by_entry():
-    tae = recipes.get("tiny.tae")
+    tae = recipes.get("tae.tiny")
     assert override(tae, ["autoencoder.multipliers=[1,2,2,2]"]).autoencoder.multipliers == (1, 2, 2, 2)
     assert override(tae, ["autoencoder.multipliers.3=8"]).autoencoder.multipliers == (1, 2, 4, 8)
 
@@ -215,7 +215,7 @@ def test_the_root_of_a_cluster_comes_from_the_environment_and_moves_relative_pat
     assert video.output == "/else/where"
     assert placed(recipes.get("tiny.t2i"), cluster).init_from == ""
     assert (
-        placed(recipes.get("tiny.tae"), cluster).data.manifest
+        placed(recipes.get("tae.tiny"), cluster).data.manifest
         == "/scratch/me/out/demo/clips/manifest.parquet"
     )
 

@@ -10,16 +10,27 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from nemo_moviegen.data.clips import write_manifest
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, write_manifest
 from nemo_moviegen.data.synthetic import write_moving_shapes
-from nemo_moviegen.recipe import AutoencoderSize, Bucket, ClipData, Optim, TaeRecipe, read_recipe
-from nemo_moviegen.training import autoencoder as training
-from nemo_moviegen.training.autoencoder import (
-    CHECKPOINT_FILE,
-    TrainingClips,
-    load_autoencoder,
-    train_autoencoder,
+from nemo_moviegen.recipe import (
+    AutoencoderLosses,
+    AutoencoderSize,
+    Bucket,
+    ClipData,
+    DiscriminatorSettings,
+    Optim,
+    TaeRecipe,
+    read_recipe,
 )
+from nemo_moviegen.tae.model import TemporalAutoencoder
+from nemo_moviegen.training import autoencoder_step as training
+from nemo_moviegen.training.autoencoder import load_autoencoder, start_from, train_autoencoder
+from nemo_moviegen.training.autoencoder_clips import TrainingClips
+from nemo_moviegen.training.autoencoder_folder import CHECKPOINT_FILE
+from nemo_moviegen.training.autoencoder_module import AutoencoderModule
+
+ADVERSARIAL = AutoencoderLosses(adversarial=0.5, adversarial_from_step=1, outlier=1.0, squared_error_steps=3)
+SMALL_DISCRIMINATOR = DiscriminatorSettings(width=4, levels=2, learning_rate=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +51,7 @@ def small_recipe(manifest, output, **changes):
         global_batch=4,
         micro_batch=2,
         num_steps=6,
-        squared_error_steps=3,
-        outlier_weight=1.0,
+        loss=AutoencoderLosses(squared_error_steps=3, outlier=1.0),
         precision="fp32",
         output=str(output),
         save_every=3,
@@ -57,11 +67,17 @@ def metrics(run_folder):
 
 
 def losses_of(rows):
-    return [(row["step"], row["train/loss"], row["train/l1"]) for row in rows]
+    return [(row["step"], row["train/loss"], row["train/l1"], row.get("train/discriminator")) for row in rows]
 
 
 def test_training_brings_reconstructions_closer_and_writes_a_run_folder(manifest, tmp_path):
-    recipe = small_recipe(manifest, tmp_path, num_steps=24, squared_error_steps=24, save_every=6)
+    recipe = small_recipe(
+        manifest,
+        tmp_path,
+        num_steps=24,
+        loss=AutoencoderLosses(squared_error_steps=24, outlier=1.0),
+        save_every=6,
+    )
     last = train_autoencoder(recipe)
     rows, checkpoints = metrics(tmp_path)
     assert [row["step"] for row in rows] == list(range(1, 25))
@@ -118,7 +134,7 @@ def test_a_run_killed_after_a_checkpoint_goes_on_with_the_same_losses(manifest, 
 
 
 def test_ranks_share_the_batch_of_one_rank(manifest, tmp_path):
-    recipe = small_recipe(manifest, tmp_path, image_batch=8, image_steps=2)
+    recipe = small_recipe(manifest, tmp_path, image_batch=8)
     one = TrainingClips(recipe, 0, 1)
     two = [TrainingClips(recipe, rank, 2) for rank in (0, 1)]
     for step in range(10):
@@ -126,17 +142,167 @@ def test_ranks_share_the_batch_of_one_rank(manifest, tmp_path):
 
 
 def test_two_ranks_train_the_weights_of_one(manifest, tmp_path):
-    """In float64, images and clips. Seen to catch: every rank taking the rows of rank 0."""
-    changes = {"num_steps": 4, "image_steps": 1, "image_batch": 8, "save_every": 2, "precision": "fp64"}
+    """In float64: images and clips, crops of them, both discriminators, the average.
+
+    Seen to catch: every rank taking the rows of rank 0; gradients summed instead of averaged; the adaptive
+    weight taken from a rank's own micro-batches; the discriminator's gradients left unaveraged.
+    """
+    changes = {"num_steps": 5, "image_batch": 8, "save_every": 2, "precision": "fp64", "ema_decay": 0.5}
+    changes |= {"loss": ADVERSARIAL, "discriminator": SMALL_DISCRIMINATOR}
+    data = small_recipe(manifest, tmp_path).data
+    changes["data"] = replace(data, crop_px=24, crops=2)
     one, two = tmp_path / "one", tmp_path / "two"
     train_autoencoder(small_recipe(manifest, one, **changes))
     run_on_ranks(_train_on_a_rank, small_recipe(manifest, two, **changes), timeout_seconds=300)
+    compared = "loss l1 kl psnr_db grad_norm adversarial adversarial_weight discriminator".split()
     for mine, theirs in zip(metrics(two)[0], metrics(one)[0], strict=True):
-        for key in ("train/loss", "train/l1", "train/kl", "train/psnr_db", "train/grad_norm"):
-            assert mine[key] == pytest.approx(theirs[key], rel=1e-9), key
-    weights = load_autoencoder(two).state_dict()
-    for name, value in load_autoencoder(one).state_dict().items():
-        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-6)  # loaded in float32
+        for key in compared:
+            name = f"train/{key}"
+            assert (name in mine) == (name in theirs), name
+            if name in mine:
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-9, abs=1e-15), name
+    assert metrics(one)[0][-1]["train/adversarial_weight"] > 0
+    mine, theirs = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (two, one))
+    for part in ("autoencoder", "average", "discriminator"):
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(mine[part][name], value, rtol=0, atol=1e-10, msg=f"{part} {name}")
+
+
+def test_micro_batches_do_not_change_a_step(manifest, tmp_path):
+    """Seen to catch: losses of a micro-batch not divided by their number; the adaptive weight of the last one."""
+    changes = {"num_steps": 4, "precision": "fp64", "loss": ADVERSARIAL, "discriminator": SMALL_DISCRIMINATOR}
+    for micro_batch in (1, 4):
+        train_autoencoder(
+            small_recipe(manifest, tmp_path / str(micro_batch), micro_batch=micro_batch, **changes)
+        )
+    ones, four = (metrics(tmp_path / name)[0] for name in ("1", "4"))
+    for a, b in zip(ones, four, strict=True):
+        for key, value in a.items():
+            if key.startswith("train/"):
+                assert b[key] == pytest.approx(value, rel=1e-9, abs=1e-15), key
+
+
+def test_the_discriminator_comes_in_at_its_step_and_learns(manifest, tmp_path):
+    """Its first verdict has no weight yet. Seen to catch: the discriminator's parameters trained to please."""
+    recipe = small_recipe(
+        manifest,
+        tmp_path,
+        num_steps=30,
+        data=replace(small_recipe(manifest, tmp_path).data, image_every=0),
+        loss=replace(ADVERSARIAL, adversarial_from_step=2),
+        discriminator=replace(SMALL_DISCRIMINATOR, learning_rate=1e-2),
+        optim=Optim(learning_rate=1e-5, warmup_steps=1, weight_decay=0.0),  # what is judged hardly changes
+    )
+    train_autoencoder(recipe)
+    rows = metrics(tmp_path)[0]
+    assert all("train/discriminator" not in row for row in rows[:2])
+    assert rows[2]["train/adversarial_weight"] > 0  # from here on
+    assert rows[2]["train/loss"] < rows[2]["train/l1"] * 2 + 100
+    losses = [row["train/discriminator"] for row in rows[2:]]
+    assert losses[0] == pytest.approx(1.0, abs=0.2) and sum(losses[-3:]) / 3 < 0.6
+
+
+def test_the_average_trails_the_weights_and_is_what_is_loaded(manifest, tmp_path):
+    """Followed by hand over two steps."""
+    finals = []
+    for steps in (1, 2):
+        train_autoencoder(
+            small_recipe(manifest, tmp_path / str(steps), num_steps=steps, ema_decay=0.9, save_every=1)
+        )
+        finals.append(torch.load(tmp_path / str(steps) / "last.ckpt", weights_only=True))
+    fresh = AutoencoderModule(small_recipe(manifest, tmp_path), 1)
+    name = "decoder.conv_out.space.weight"
+    torch.manual_seed(0)
+    start = TemporalAutoencoder(small_recipe(manifest, tmp_path).autoencoder).state_dict()[name]
+    del fresh
+    average = start
+    # the run of two steps has another learning rate at its second only: its first step is that of the other
+    for step, state in enumerate(finals, start=1):
+        decay = min(0.9, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * state["autoencoder"][name]
+        if step == 1:
+            torch.testing.assert_close(state["average"][name], average)
+    torch.testing.assert_close(
+        load_autoencoder(tmp_path / "1").state_dict()[name], finals[0]["average"][name]
+    )
+    assert not torch.equal(finals[0]["average"][name], finals[0]["autoencoder"][name])
+
+
+def test_a_run_starts_from_the_2d_one_inflated_and_reproduces_its_frames(manifest, tmp_path, capsys):
+    """Seen to catch: fresh weights kept; the last frame of eight taken for the latent."""
+    flat = replace(small_recipe(manifest, tmp_path).autoencoder, inflation="2D", temporal_compression=1)
+    data = replace(small_recipe(manifest, tmp_path).data, image_every=1)
+    train_autoencoder(small_recipe(manifest, tmp_path / "2d", autoencoder=flat, data=data))
+    recipe = small_recipe(
+        manifest,
+        tmp_path / "run",
+        init_from=str(tmp_path / "2d"),
+        num_steps=1,
+        optim=Optim(learning_rate=1e-12, warmup_steps=1, weight_decay=0.0),
+    )
+    train_autoencoder(recipe)
+    assert "inflated" in capsys.readouterr().out
+    image, video = load_autoencoder(tmp_path / "2d"), load_autoencoder(tmp_path / "run")
+    clip = torch.rand(1, 16, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        latent = image.encode(clip[:, ::8]).mean_BTCHW
+        torch.testing.assert_close(video.encode(clip).mean_BTCHW, latent, rtol=0, atol=1e-4)
+        frames = image.decode(latent).repeat_interleave(8, dim=1)
+        torch.testing.assert_close(video.decode(latent), frames, rtol=0, atol=1e-4)
+
+
+def test_a_finetune_takes_the_discriminator_along(manifest, tmp_path):
+    changes = {"loss": ADVERSARIAL, "discriminator": SMALL_DISCRIMINATOR, "num_steps": 2}
+    first = small_recipe(manifest, tmp_path / "first", **changes)
+    train_autoencoder(first)
+    module = AutoencoderModule(first, 1)
+    start_from(module, tmp_path / "first")
+    saved = torch.load(tmp_path / "first" / "last.ckpt", weights_only=True)
+    for part in ("autoencoder", "discriminator"):
+        for name, value in getattr(module, part).state_dict().items():
+            assert torch.equal(value, saved[part][name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"ema_decay": 0.9}, "without average"),
+        ({"loss": AutoencoderLosses(adversarial=0.1)}, "without discriminator"),
+    ],
+)
+def test_a_run_goes_on_only_with_the_parts_it_began_with(manifest, tmp_path, changes, says):
+    train_autoencoder(small_recipe(manifest, tmp_path, num_steps=1))
+    with pytest.raises(ValueError, match=says):
+        train_autoencoder(small_recipe(manifest, tmp_path, **changes))
+
+
+def test_crops_are_a_function_of_sample_and_step_and_differ_between_samples(manifest, tmp_path):
+    data = replace(small_recipe(manifest, tmp_path).data, crop_px=16, crops=3)
+    recipe = small_recipe(manifest, tmp_path, data=data)
+    clips = TrainingClips(recipe, 0, 1)
+    video = torch.arange(2 * 8 * 3 * 32 * 32, dtype=torch.float32).view(2, 8, 3, 32, 32)
+    crops, ids = clips.cropped(video, [0, 1], step=5)
+    again, same_ids = TrainingClips(recipe, 0, 1).cropped(video, [0, 1], step=5)
+    assert crops.shape == (6, 8, 3, 16, 16) and len(set(ids)) == 6
+    assert torch.equal(crops, again) and ids == same_ids
+    corners = crops[:, 0, 0, 0, 0] % (32 * 32)
+    assert len(set(corners.tolist())) > 3
+    assert not torch.equal(clips.cropped(video, [0, 1], step=6)[0], crops)
+    # one place for all frames of a clip: consecutive frames lie 3 * 32 * 32 values apart
+    assert torch.equal(crops[:, 1:, :, :, :] - crops[:, :-1], torch.full_like(crops[:, 1:], 3 * 32 * 32))
+    flat = replace(recipe.autoencoder, inflation="2D", temporal_compression=1)
+    alone = TrainingClips(replace(recipe, autoencoder=flat), 0, 1).cropped(video, [0, 1], step=5)[0]
+    assert len(set((alone[0, :, 0, 0, 0] % (32 * 32)).tolist())) > 4  # a place for each frame
+
+
+def test_a_video_file_is_cut_into_clips_of_the_bucket(tmp_path):
+    data = ClipData(
+        manifest=str(BIG_BUCK_BUNNY), bucket=Bucket(num_frames=16, height_px=64, width_px=64, fps=25)
+    )
+    clips = TrainingClips(small_recipe("", tmp_path, data=data), 0, 1).clips
+    kinds = clips.column("kind").tolist()
+    assert kinds.count("video") == kinds.count("image") == 8
+    assert clips[2].start_seconds == pytest.approx(16 / 25)
 
 
 def _train_on_a_rank(recipe):
@@ -148,19 +314,20 @@ def _train_on_a_rank(recipe):
 
 
 def test_steps_take_their_kind_and_every_row_comes_once_an_epoch(manifest, tmp_path):
-    """Two image steps first, then one in four; eight clips and eight images are two and one batches."""
-    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8, image_steps=2), 0, 1)
-    kinds = [clips.kind(step) for step in range(10)]
-    assert kinds == ["image"] * 2 + ["video", "video", "video", "image"] * 2
+    """Eight clips and eight images are two and one batches."""
+    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8), 0, 1)
+    kinds = [clips.kind(step) for step in range(8)]
+    assert kinds == ["video", "video", "video", "image"] * 2
     for step, kind in enumerate(kinds):
         assert {clips.clips[row].kind for row in clips.rows(step)} == {kind}
-    videos = [row for step in (2, 3) for row in clips.rows(step)]
+    videos = [row for step in (0, 1) for row in clips.rows(step)]
     assert len(set(videos)) == 8
-    assert all(len(set(clips.rows(step))) == 8 for step in (0, 1, 5, 9))
+    assert all(len(set(clips.rows(step))) == 8 for step in (3, 7))
+    assert all(len(set(clips.rows(step))) == 4 for step in (0, 1, 2))
 
 
 def test_clips_are_delivered_from_the_step_a_run_resumes_at(manifest, tmp_path):
-    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8), 0, 1)
+    clips = TrainingClips(small_recipe(manifest, tmp_path, image_batch=8, num_steps=8), 0, 1)
     first = [(tuple(video.shape), rows) for video, rows in itertools.islice(clips, 16)]
     clips.first_step = 3
     assert [(tuple(v.shape), rows) for v, rows in itertools.islice(clips, 10)] == first[
@@ -175,21 +342,20 @@ def test_loading_gives_the_trained_weights_in_eval_mode(manifest, tmp_path):
     model = load_autoencoder(tmp_path)
     assert not model.training
     assert model.size == recipe.autoencoder
-    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, saved[f"autoencoder.{name}"]) for name, value in model.state_dict().items())
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["autoencoder"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
 def test_the_penalty_and_the_squared_error_follow_their_steps(manifest, tmp_path):
-    recipe = small_recipe(
-        manifest, tmp_path, squared_error_steps=2, outlier_from_step=3, outlier_weight=10.0, kl_weight=0.0
-    )
+    loss = AutoencoderLosses(squared_error_steps=2, outlier_from_step=3, outlier=10.0, kl=0.0)
+    recipe = small_recipe(manifest, tmp_path, loss=loss)
     torch.manual_seed(0)
-    model = training.TemporalAutoencoder(recipe.autoencoder)
+    model = TemporalAutoencoder(recipe.autoencoder)
     video = torch.rand(1, 8, 3, 32, 32) * 2 - 1
     real = training.outlier_penalty
     try:
         training.outlier_penalty = lambda latent, scale: real(latent, 0.5)  # fresh latents have no outlier
-        found = [training.losses(recipe, model, video, [7], step) for step in range(5)]
+        found = [training.reconstruct(recipe, model, video, [7], step).losses for step in range(5)]
     finally:
         training.outlier_penalty = real
     for step, values in enumerate(found):

@@ -1,26 +1,22 @@
 """Training of the temporal autoencoder (Movie Gen s3.1.1): clips, and images one step in four.
 
-A run folder holds recipe.yaml, last.ckpt (weights, optimiser, step), metrics.jsonl, tensorboard/ and, if
-files were bad, quarantine.jsonl. Samples, and the noise of each, are functions of (seed, sample, step), so a
-run that was killed goes on with the losses it would have had.
+A run folder holds recipe.yaml, last.ckpt (weights, their average, discriminator, optimisers, step),
+metrics.jsonl, tensorboard/ and, if files were bad, quarantine.jsonl. Samples, and the noise of each, are
+functions of (seed, sample, step), so a run that was killed goes on with the losses it would have had.
 """
 
-import itertools
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from nemo_moviegen.data.clips import read_manifest, sample_id
-from nemo_moviegen.data.order import BatchOrder
-from nemo_moviegen.flow import draw_noise
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, read_recipe
-from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
+from nemo_moviegen.tae.inflate import is_diffusers_folder, load_weights, read_diffusers
 from nemo_moviegen.tae.model import TemporalAutoencoder
+from nemo_moviegen.training.autoencoder_clips import TrainingClips
+from nemo_moviegen.training.autoencoder_folder import CHECKPOINT_FILE
+from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
 from nemo_moviegen.training.record import quiet, write_recipe
-
-CHECKPOINT_FILE = "last.ckpt"
 
 
 def train_autoencoder(recipe: TaeRecipe) -> dict | None:
@@ -33,30 +29,114 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
     if recipe.layout.model_ranks > 1:
         raise ValueError(f"{recipe.name}: an autoencoder is not split; set layout.tensor=1 layout.context=1")
     accumulate = recipe.num_microbatches(num_ranks)
-    checkpoint = _own_checkpoint(recipe)
+    state = _own_state(recipe)
     data = TrainingClips(recipe, rank, num_ranks)
-    if checkpoint:
-        data.first_step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[
-            "global_step"
-        ]
+    quiet()
+    stand_in_for_cuda()
+    stand_in_for_cuda_in_nemo()
+    quiet()  # NeMo sets up its own logger when it is imported
+    from nemo_moviegen.training.autoencoder_module import AutoencoderModule
 
-    import lightning.pytorch as pl
+    torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
+    module = AutoencoderModule(recipe, accumulate)
+    if state is None and recipe.init_from:
+        start_from(module, recipe.init_from, talks=rank == 0)
+    module.keep_average()
+    if state is not None:
+        module.load_state(state)
+        data.first_step = module.step
+    if rank == 0:
+        write_recipe(recipe)
+    trainer = _trainer(recipe, data, num_ranks)
+    trainer.fit(module, data)
+    return getattr(trainer, "last_metrics", None)
+
+
+def load_autoencoder(run_folder) -> TemporalAutoencoder:
+    """The autoencoder of a run's last checkpoint, its average where it kept one, on the CPU, in eval mode.
+
+    ValueError if there is none.
+    """
+    recipe, state = _read_run(run_folder)
+    autoencoder = TemporalAutoencoder(recipe.autoencoder)
+    autoencoder.load_state_dict(_trained(state))
+    return autoencoder.eval()
+
+
+def start_from(module, folder, talks=True):
+    """Fill a fresh module's weights from another run's, or from a 2D autoencoder that is inflated.
+
+    A discriminator of the same sizes comes along. ValueError where the autoencoders do not fit.
+    """
+    if is_diffusers_folder(folder):
+        state, fresh = {}, load_weights(module.autoencoder, read_diffusers(folder), str(folder))
+    else:
+        _, state = _read_run(folder)
+        fresh = load_weights(module.autoencoder, _trained(state), str(folder))
+    theirs, ours = state.get("discriminator"), module.discriminator
+    if ours is not None and theirs is not None:
+        own = {name: value.shape for name, value in ours.state_dict().items()}
+        if own == {name: value.shape for name, value in theirs.items()}:
+            ours.load_state_dict(theirs)
+    if talks:
+        what = f", inflated: {len(fresh)} tensors over time are fresh" if fresh else ""
+        print(f"{module.recipe.name}: weights of {folder}{what}", flush=True)
+
+
+def _read_run(folder):
+    recipe_file, checkpoint = Path(folder, RECIPE_FILE), Path(folder, CHECKPOINT_FILE)
+    if not recipe_file.is_file() or not checkpoint.is_file():
+        raise ValueError(
+            f"{folder} holds no trained autoencoder ({RECIPE_FILE} and {CHECKPOINT_FILE}): "
+            "train one with `moviegen train tae.tiny_image` and `moviegen train tae.tiny`, or name another "
+            "run folder"
+        )
+    recipe = read_recipe(recipe_file)
+    if not isinstance(recipe, TaeRecipe):
+        raise ValueError(f"{folder} is a run of {recipe.name}, which is no autoencoder; name another run")
+    return recipe, torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _trained(state):
+    return state.get("average", state["autoencoder"])
+
+
+def _own_state(recipe):
+    """What the run's own checkpoint holds, or None; ValueError where it is of another autoencoder."""
+    if not Path(recipe.output, CHECKPOINT_FILE).is_file():
+        return None
+    before, state = _read_run(recipe.output)
+    if before.autoencoder != recipe.autoencoder:
+        raise ValueError(
+            f"{recipe.output} holds a run of another autoencoder, which cannot go on with this one: "
+            "set another output, or remove that folder"
+        )
+    parts = {"average": bool(recipe.ema_decay), "discriminator": bool(recipe.loss.adversarial)}
+    for part, wanted in parts.items():
+        if wanted != (part in state):
+            key = {"average": "ema_decay", "discriminator": "loss.adversarial"}[part]
+            raise ValueError(
+                f"{recipe.output} holds a run {'without' if wanted else 'with'} {part}, and {key} says "
+                f"otherwise: set it as it was, or start a new run from this one (init_from={recipe.output} "
+                "and another output)"
+            )
+    return state
+
+
+def _trainer(recipe, data, num_ranks):
+    import nemo.lightning as nl
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from nemo_moviegen.training.autoencoder_module import AutoencoderModule, RunFolder
+    from nemo_moviegen.training.autoencoder_folder import RunFolder
 
-    quiet()
-    torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    trainer = pl.Trainer(
+    return nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         strategy=_strategy(num_ranks),
         devices=ranks_per_node,
         num_nodes=num_ranks // ranks_per_node,
         precision={"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}[recipe.precision],
-        max_steps=recipe.num_steps,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=recipe.optim.clip_grad,
+        max_epochs=1,  # the data end with the run
         callbacks=[RunFolder(recipe, data)],
         logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
         enable_checkpointing=False,
@@ -64,133 +144,6 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    if rank == 0:
-        write_recipe(recipe)
-    trainer.fit(AutoencoderModule(recipe, data.sample_ids), data, ckpt_path=checkpoint)
-    return getattr(trainer, "last_metrics", None)
-
-
-def load_autoencoder(run_folder) -> TemporalAutoencoder:
-    """The autoencoder of a run's last checkpoint, on the CPU, in eval mode; ValueError if there is none."""
-    recipe_file, checkpoint = Path(run_folder, RECIPE_FILE), Path(run_folder, CHECKPOINT_FILE)
-    if not recipe_file.is_file() or not checkpoint.is_file():
-        raise ValueError(
-            f"{run_folder} holds no trained autoencoder ({RECIPE_FILE} and {CHECKPOINT_FILE}): "
-            "train one with `moviegen train tiny.tae`, or name another run folder"
-        )
-    recipe = read_recipe(recipe_file)
-    if not isinstance(recipe, TaeRecipe):
-        raise ValueError(f"{run_folder} is a run of {recipe.name}, which is no autoencoder; name another run")
-    autoencoder = TemporalAutoencoder(recipe.autoencoder)
-    weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    autoencoder.load_state_dict({name.removeprefix("autoencoder."): value for name, value in weights.items()})
-    return autoencoder.eval()
-
-
-def losses(recipe, autoencoder, video_BTCHW, sample_ids, step) -> dict:
-    """All losses of one micro-batch as scalars: loss (weighted sum), l1, squared_error, kl, outlier.
-
-    The latent is drawn from the posterior with noise keyed by (seed, sample id, step).
-    """
-    posterior = autoencoder.encode(video_BTCHW)
-    mean_BTCHW = posterior.mean_BTCHW
-    noise_BTCHW = draw_noise(mean_BTCHW.shape[1:], recipe.seed, sample_ids, [step] * len(sample_ids))
-    latent_BTCHW = posterior.sample(noise_BTCHW.to(mean_BTCHW))
-    rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1])
-    found = {
-        "l1": l1_loss(rebuilt_BTCHW, video_BTCHW),
-        "squared_error": squared_error(rebuilt_BTCHW, video_BTCHW),
-        "kl": kl_loss(*posterior),
-        "outlier": outlier_penalty(mean_BTCHW, recipe.outlier_scale),
-    }
-    reconstruction = found["squared_error"] if step < recipe.squared_error_steps else found["l1"]
-    loss = recipe.l1_weight * reconstruction + recipe.kl_weight * found["kl"]
-    if step >= recipe.outlier_from_step:
-        loss = loss + recipe.outlier_weight * found["outlier"]
-    return {"loss": loss, **found}
-
-
-class TrainingClips:
-    """Micro-batches (video_BTCHW, rows) of one rank from `first_step` on, decoded by DALI, without end.
-
-    Which rows a step takes is a function of the step: nothing needs saving for a resume.
-    """
-
-    def __init__(self, recipe, rank, num_ranks):
-        every_clip = read_manifest(recipe.data.manifest)
-        self.recipe, self.first_step = recipe, 0
-        split_N, kind_N = every_clip.column("split"), every_clip.column("kind")
-        self.clips = every_clip.select(split_N == "train")
-        self.heldout = every_clip.select((split_N == "heldout") & (kind_N == "video"))
-        self.sample_ids = [sample_id(clip_id) for clip_id in self.clips.column("clip_id")]
-        self.accumulate = recipe.num_microbatches(num_ranks)
-        self.rank, self.num_ranks = rank, num_ranks
-        self.batch_size = {"video": recipe.global_batch, "image": recipe.image_batch or recipe.global_batch}
-        shapes = np.ones((len(self.clips), 3), int)
-        shapes[self.clips.column("kind") == "video", 0] = 2  # the order asks no more than which are images
-        needed = {self.kind(step) for step in range(min(recipe.num_steps, recipe.image_steps + 64))}
-        self._orders = {
-            kind: BatchOrder(shapes, self.batch_size[kind], recipe.seed, int(kind == "image"))
-            for kind in sorted(needed)
-        }
-
-    def kind(self, step) -> str:
-        """image or video."""
-        every, joint = self.recipe.data.image_every, step - self.recipe.image_steps
-        return "image" if joint < 0 or (every and joint % every == every - 1) else "video"
-
-    def rows(self, step) -> list[int]:
-        """Rows of `clips` this rank takes at `step`."""
-        every, joint = self.recipe.data.image_every, step - self.recipe.image_steps
-        images_before = min(step, self.recipe.image_steps) + (max(joint, 0) // every if every else 0)
-        kind = self.kind(step)
-        rows, _ = self._orders[kind].batch(images_before if kind == "image" else step - images_before)
-        share = len(rows) // self.num_ranks
-        return rows[self.rank * share : (self.rank + 1) * share]
-
-    def __iter__(self):
-        readers = {
-            kind: iter(
-                self.loader(self.clips, self._rows_of(kind), size // (self.num_ranks * self.accumulate))
-            )
-            for kind, size in self.batch_size.items()
-            if kind in self._orders
-        }
-        for step in itertools.count(self.first_step):
-            for _ in range(self.accumulate):
-                yield next(readers[self.kind(step)])
-
-    def _rows_of(self, kind):
-        steps = itertools.count(self.first_step)
-        return (row for step in steps if self.kind(step) == kind for row in self.rows(step))
-
-    def loader(self, clips, rows, batch_size):
-        """A `ClipLoader` over rows of `clips`, on this rank's device."""
-        from nemo_moviegen.data.dali import ClipLoader
-
-        return ClipLoader(
-            clips,
-            self.recipe.data.bucket,
-            batch_size=batch_size,
-            order=rows,
-            device_id=int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.is_available() else None,
-            quarantine=Path(self.recipe.output) / "quarantine.jsonl",
-            substitute=True,  # a bad file must not shift the batches of later steps
-        )
-
-
-def _own_checkpoint(recipe):
-    """Path of the checkpoint to go on from, or None; ValueError where it is of another autoencoder."""
-    checkpoint = Path(recipe.output, CHECKPOINT_FILE)
-    if not checkpoint.is_file():
-        return None
-    before = read_recipe(Path(recipe.output, RECIPE_FILE))
-    if getattr(before, "autoencoder", None) != recipe.autoencoder:
-        raise ValueError(
-            f"{recipe.output} holds a run of another autoencoder, which cannot go on with this one: "
-            "set another output, or remove that folder"
-        )
-    return checkpoint
 
 
 def _strategy(num_ranks):
@@ -198,5 +151,9 @@ def _strategy(num_ranks):
         return "auto"
     from lightning.pytorch.strategies import DDPStrategy
 
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    return DDPStrategy(process_group_backend=backend, gradient_as_bucket_view=True)
+    class Replicas(DDPStrategy):
+        """Ranks and their collectives; gradients are averaged by the module, once a step."""
+
+        def configure_ddp(self): ...
+
+    return Replicas(process_group_backend="nccl" if torch.cuda.is_available() else "gloo")

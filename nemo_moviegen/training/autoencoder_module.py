@@ -1,177 +1,179 @@
-"""The autoencoder as a Lightning module, and what its run folder is told while it runs.
+"""The autoencoder, its discriminator and their two optimisers as a Lightning module.
 
-metrics.jsonl and TensorBoard, a line a step         unit
----------------------------------------------------- ---------------------------------------------------
-train/loss                                           weighted sum of all losses
-train/l1                                             mean absolute error; video is in [-1, 1]
-train/psnr_db                                        dB
-train/kl                                             nats a latent value
-train/outlier                                        outlier penalty (eq. 1) before its weight
-train/grad_norm                                      over all parameters, before clipping
-train/learning_rate                                  -
-train/is_image                                       1 for an image step
-heldout/psnr_db                                      dB of held-out clips, a line at each checkpoint
-speed/step_seconds                                   wall time of the whole step
-speed/data_seconds                                   of it, waiting for the loader
-speed/frames_per_second                              frames of the global batch, all ranks
+Gradients of all micro-batches are summed, then averaged over the ranks, then both optimisers step: so a step
+is the same for any number of ranks and any micro-batch. That holds for the adaptive weight of the adversarial
+loss too. VQGAN takes it from the micro-batch at hand; here it is that of the whole batch of the step before.
 """
 
-import math
-import os
-import time
-from pathlib import Path
+import copy
 
 import lightning.pytorch as pl
 import torch
 
-from nemo_moviegen.tae.losses import squared_error
+from nemo_moviegen.tae.discriminator import (
+    Discriminator,
+    adaptive_weight,
+    generator_loss,
+    hinge_discriminator_loss,
+)
 from nemo_moviegen.tae.model import TemporalAutoencoder
-from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE, losses
-from nemo_moviegen.training.record import RunRecord, learning_rate_factor
-
-HELDOUT_CLIPS = 16
-_HELDOUT_BATCH = 4
+from nemo_moviegen.training.autoencoder_step import average_over_ranks, reconstruct
+from nemo_moviegen.training.record import learning_rate_factor
 
 
 class AutoencoderModule(pl.LightningModule):
-    """One micro-batch to its loss; `found` sums the losses of the micro-batches of a step."""
+    """One micro-batch to its gradients, the last of a step to an optimiser step.
 
-    def __init__(self, recipe, sample_ids):
+    `found` sums the losses of the micro-batches of the step under way; `step` counts finished ones.
+    """
+
+    def __init__(self, recipe, accumulate):
         super().__init__()
-        self.recipe, self.sample_ids = recipe, sample_ids
+        self.automatic_optimization = False
+        self.recipe, self.accumulate = recipe, accumulate
         self.autoencoder = TemporalAutoencoder(recipe.autoencoder)
-        self.found = {}
+        self.autoencoder.recompute(recipe.layout.recompute != "none")
+        loss, settings = recipe.loss, recipe.discriminator
+        self.discriminator = self.perceptual = self.average = None
+        if loss.adversarial:
+            self.discriminator = Discriminator(
+                settings.width, settings.levels, frames=settings.frames, clips=settings.clips
+            )
+        if loss.perceptual:
+            from nemo_moviegen.tae.perceptual import PerceptualLoss
 
-    def training_step(self, batch, batch_idx):
-        video_BTCHW, rows = batch
-        ids = [self.sample_ids[row] for row in rows]
-        found = losses(self.recipe, self.autoencoder, video_BTCHW.to(self.dtype), ids, self.global_step)
-        for name, value in found.items():
-            self.found[name] = self.found.get(name, 0) + value.detach() / self.trainer.accumulate_grad_batches
-        self.found["frames"] = video_BTCHW.shape[1]
-        return found["loss"]
+            self.perceptual = PerceptualLoss(loss.vgg_weights)
+        self.adversarial_weight = torch.zeros(())
+        self.step, self.num_done, self.grad_norm = 0, 0, 0.0
+        self.found, self._gradients, self._optimizer_states = {}, {}, ()
+
+    def keep_average(self):
+        """Start the moving average where the weights stand; after they were loaded."""
+        if self.recipe.ema_decay:
+            self.average = copy.deepcopy(self.autoencoder).requires_grad_(False).eval()
+
+    @property
+    def measured(self) -> TemporalAutoencoder:
+        """What is loaded from this run: the average where there is one."""
+        return self.autoencoder if self.average is None else self.average
+
+    @property
+    def networks(self) -> list:
+        """What the optimisers train, in their order."""
+        return [self.autoencoder] + ([] if self.discriminator is None else [self.discriminator])
 
     def configure_optimizers(self):
-        optim = self.recipe.optim
-        optimizer = torch.optim.AdamW(
-            self.parameters(),
-            lr=optim.learning_rate,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
-        factor = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, optim, self.recipe.num_steps)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
+        optim, settings = self.recipe.optim, self.recipe.discriminator
+        optimizers = [
+            torch.optim.AdamW(
+                self.autoencoder.parameters(),
+                lr=optim.learning_rate,
+                betas=(optim.beta1, optim.beta2),
+                eps=optim.eps,
+                weight_decay=optim.weight_decay,
+            )
+        ]
+        if self.discriminator is not None:
+            betas, rate = (0.5, 0.9), settings.learning_rate
+            optimizers.append(
+                torch.optim.AdamW(self.discriminator.parameters(), rate, betas, weight_decay=0.0)
+            )
+        return optimizers
 
-    def on_before_optimizer_step(self, optimizer):
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        self.found["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+    def training_step(self, batch, batch_idx):
+        video_BTCHW, ids = batch
+        video_BTCHW = video_BTCHW.to(self.dtype)
+        made = reconstruct(self.recipe, self.autoencoder, video_BTCHW, ids, self.step, self.perceptual)
+        found = dict(made.losses)
+        judged = self.discriminator is not None and self.step >= self.recipe.loss.adversarial_from_step
+        if judged:
+            found["adversarial"] = self._verdict(made)
+            weight = self.recipe.loss.adversarial * self.adversarial_weight.to(found["loss"])
+            found["loss"] = found["loss"] + weight * found["adversarial"]
+        self.manual_backward(found["loss"] / self.accumulate)
+        if judged:
+            found["discriminator"] = self._train_discriminator(made)
+        for name, value in found.items():
+            self.found[name] = self.found.get(name, 0) + value.detach() / self.accumulate
+        self.num_done += 1
+        if self.num_done == self.accumulate:
+            self._end_step()
 
+    def _verdict(self, made):
+        """What the discriminator thinks of the reconstruction; sums both gradients of the last layer."""
+        self.discriminator.requires_grad_(False)
+        verdict = generator_loss(self.discriminator(made.rebuilt_BTCHW))
+        self.discriminator.requires_grad_(True)
+        if verdict.requires_grad:  # an image is no clip: a discriminator of clips alone says nothing
+            last = self._last_layer()
+            for name, loss in (("likeness", made.likeness), ("adversarial", verdict)):
+                (gradient,) = torch.autograd.grad(loss, last, retain_graph=True)
+                self._gradients[name] = self._gradients.get(name, 0) + gradient / self.accumulate
+        return verdict
 
-class RunFolder(pl.Callback):
-    """Metrics, a progress bar and checkpoints. A checkpoint appears under its name only when it is whole."""
+    def _train_discriminator(self, made):
+        real_logits = self.discriminator(made.video_BTCHW)
+        loss = hinge_discriminator_loss(real_logits, self.discriminator(made.rebuilt_BTCHW.detach()))
+        if loss.requires_grad:
+            self.manual_backward(loss / self.accumulate)
+        return loss
 
-    def __init__(self, recipe, data):
-        self.recipe, self.data = recipe, data
-        self.folder = Path(recipe.output)
+    def _last_layer(self):
+        conv = self.autoencoder.decoder.conv_out
+        return conv.space.weight if conv.time is None else conv.time.conv.weight
 
-    def on_train_start(self, trainer, module):
-        self.step_start, self.data_seconds, self.unsaved = None, 0.0, False
-        if trainer.is_global_zero:
-            self.record = RunRecord(self.recipe.name, self.folder, trainer.global_step, trainer.max_steps)
-        self.asked = time.perf_counter()
+    def _end_step(self):
+        factor = learning_rate_factor(self.step, self.recipe.optim, self.recipe.num_steps)
+        optimizers = self.trainer.optimizers
+        for network, optimizer in zip(self.networks, optimizers, strict=True):
+            gradients = [p.grad for p in network.parameters() if p.grad is not None]
+            average_over_ranks(gradients)
+            norm = torch.nn.utils.clip_grad_norm_(network.parameters(), self.recipe.optim.clip_grad)
+            if network is self.autoencoder:
+                self.grad_norm = norm
+            for group in optimizer.param_groups:
+                group["lr"] = optimizer.defaults["lr"] * factor
+            if gradients:
+                optimizer.step()
+            optimizer.zero_grad()
+        if self._gradients:
+            average_over_ranks(list(self._gradients.values()))
+            self.adversarial_weight = adaptive_weight(
+                self._gradients["likeness"], self._gradients["adversarial"]
+            )
+            self._gradients = {}
+        self.step, self.num_done = self.step + 1, 0
+        if self.average is not None:
+            self._update_average()
 
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        now = time.perf_counter()
-        self.data_seconds += now - self.asked
-        self._save_if_due(trainer, module)
-        if self.step_start is None:  # the first micro-batch of a step
-            self.step_start = time.perf_counter() - (now - self.asked)
-            self.step = trainer.global_step
+    @torch.no_grad()
+    def _update_average(self):
+        # Short runs too have one worth having: the first steps count less than `ema_decay` says.
+        decay = min(self.recipe.ema_decay, (1 + self.step) / (10 + self.step))
+        average, weights = list(self.average.parameters()), list(self.autoencoder.parameters())
+        torch._foreach_lerp_(average, weights, 1 - decay)
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step > self.step:
-            self._end_step(trainer, module)
-        self.asked = time.perf_counter()
+    def state(self) -> dict:
+        """All a run needs to go on: step, weights, average, discriminator, optimisers."""
+        state = {"step": self.step, "autoencoder": self.autoencoder.state_dict()}
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        if self.discriminator is not None:
+            state |= {"discriminator": self.discriminator.state_dict()}
+            state |= {"adversarial_weight": self.adversarial_weight}
+        return state | {"optimizers": [optimizer.state_dict() for optimizer in self.trainer.optimizers]}
 
-    def _end_step(self, trainer, module):
-        names = ("loss", "l1", "squared_error", "kl", "outlier")
-        # each rank saw its share of the batch
-        mean = trainer.strategy.reduce(
-            torch.stack([module.found[n].double() for n in names]), reduce_op="mean"
-        )
-        found = dict(zip(names, mean.tolist(), strict=True))
-        seconds = time.perf_counter() - self.step_start
-        kind = self.data.kind(self.step)
-        values = {
-            "train/loss": found["loss"],
-            "train/l1": found["l1"],
-            "train/psnr_db": 10 * math.log10(4 / max(found["squared_error"], 1e-10)),
-            "train/kl": found["kl"],
-            "train/outlier": found["outlier"],
-            "train/grad_norm": float(module.found["grad_norm"]),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/is_image": int(kind == "image"),
-            "speed/step_seconds": seconds,
-            "speed/data_seconds": self.data_seconds,
-            "speed/frames_per_second": module.found["frames"] * self.data.batch_size[kind] / seconds,
-        }
-        module.found = {}
-        self.step_start, self.data_seconds = None, 0.0
-        trainer.last_metrics = values
-        self.unsaved = True
-        if trainer.is_global_zero:
-            self._tell(trainer, values)
+    def load_state(self, state):
+        """Go on from what `state` returned; before the optimisers are made."""
+        self.step = state["step"]
+        self.autoencoder.load_state_dict(state["autoencoder"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.adversarial_weight = state["adversarial_weight"]
+        self._optimizer_states = state["optimizers"]
 
-    def on_train_end(self, trainer, module):
-        self._save_if_due(trainer, module)
-
-    def _save_if_due(self, trainer, module):
-        """Before the next micro-batch: in `on_train_batch_end` Lightning (2.4) has not yet counted the
-        micro-batch that ends, and a resumed run would accumulate one too few.
-        """
-        step = trainer.global_step
-        if not self.unsaved or (step % self.recipe.save_every and step != trainer.max_steps):
-            return
-        self.unsaved = False
-        part = self.folder / f"{CHECKPOINT_FILE}.part"
-        trainer.save_checkpoint(part)  # every rank takes part
-        if trainer.is_global_zero:
-            os.replace(part, self.folder / CHECKPOINT_FILE)
-            found = heldout_psnr(module.autoencoder, self.data)
-            if found:
-                trainer.last_metrics |= found
-                self.record.write(step, found)
-                trainer.logger.log_metrics(found, step=step)
-
-    def _tell(self, trainer, values):
-        self.record.write(trainer.global_step, values)
-        if trainer.global_step % self.recipe.log_every == 0:
-            trainer.logger.log_metrics(values, step=trainer.global_step)
-        facts = (
-            f"l1 {values['train/l1']:.4f}  {values['train/psnr_db']:.1f} dB  "
-            f"{values['speed/step_seconds']:.2f} s/step  {values['speed/frames_per_second']:.0f} frames/s"
-        )
-        self.record.show(trainer.global_step, facts)
-
-    def teardown(self, trainer, module, stage):
-        if hasattr(self, "record"):
-            self.record.close()
-
-
-def heldout_psnr(autoencoder, data) -> dict:
-    """heldout/psnr_db over the first held-out clips, from posterior means; empty where there are none."""
-    if not data.heldout:
-        return {}
-    rows = range(min(HELDOUT_CLIPS, len(data.heldout)))
-    parameter = next(autoencoder.parameters())
-    errors = []
-    with torch.no_grad():
-        for video_BTCHW, _ in data.loader(data.heldout, rows, _HELDOUT_BATCH):
-            video_BTCHW = video_BTCHW.to(parameter)
-            latent_BTCHW = autoencoder.encode(video_BTCHW).mean_BTCHW
-            rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1]).clamp(-1, 1)
-            errors += [squared_error(r, v) for r, v in zip(rebuilt_BTCHW, video_BTCHW, strict=True)]
-    return {"heldout/psnr_db": 10 * math.log10(4 / float(torch.stack(errors).mean()))}
+    def on_train_start(self):
+        for optimizer, state in zip(self.trainer.optimizers, self._optimizer_states, strict=False):
+            optimizer.load_state_dict(state)

@@ -1,0 +1,151 @@
+"""The temporal autoencoder (Movie Gen s3.1.1): an image autoencoder, inflated, trained jointly, then freed of dots.
+
+    tae.image_init -> tae.joint -> tae.opl_finetune      production: 256 px, 32 frames
+    tae.tiny_image -> tae.tiny                           the demo: Moving Shapes, 64 px, 16 frames
+    tae.small_image -> tae.small                         a real film, overfitted: 256 px
+
+The paper gives sizes of nothing but the latent, the 1:3 batches, the outlier penalty and the steps of its
+ablation (50k, then 10k with the penalty). All else here is our default (LDM's).
+"""
+
+from dataclasses import replace
+
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY
+from nemo_moviegen.recipe import (
+    AutoencoderLosses,
+    AutoencoderSize,
+    Bucket,
+    ClipData,
+    Layout,
+    Optim,
+    TaeRecipe,
+)
+
+MOVING_SHAPES = Bucket(num_frames=16, height_px=64, width_px=64, fps=16)
+_TINY = AutoencoderSize(base_width=8, multipliers=(1, 2, 4, 8), blocks_per_level=1)
+_VGG = "weights/vgg16-397923af.pth"
+
+
+def image_init() -> TaeRecipe:
+    """Image autoencoder (s3.1.1) the temporal one starts from: LDM's, 16 channels, 256 px, 64 images a step.
+
+    With `init_from` set to a folder of diffusers' AutoencoderKL it goes on from those weights.
+    """
+    return TaeRecipe(
+        name="tae.image_init",
+        cluster="h200_8",
+        autoencoder=AutoencoderSize(inflation="2D", temporal_compression=1),
+        data=ClipData(
+            manifest="data/clips/manifest.parquet",
+            bucket=Bucket(num_frames=32, height_px=256, width_px=256, fps=16),
+            image_every=1,
+        ),
+        loss=AutoencoderLosses(
+            perceptual=1.0,
+            vgg_weights=_VGG,
+            adversarial=0.1,
+            adversarial_from_step=20_000,
+            outlier=0.0,
+        ),
+        optim=Optim(learning_rate=1e-4, warmup_steps=1000, weight_decay=0.0, beta2=0.99),
+        global_batch=64,
+        micro_batch=8,
+        num_steps=200_000,
+        ema_decay=0.999,
+        output="out/tae/image_init",
+        save_every=1000,
+    )
+
+
+def joint() -> TaeRecipe:
+    """Temporal autoencoder (s3.1.1): inflated to 2.5D, images and 32-frame clips 1:3, 50k steps without penalty."""
+    image = image_init()
+    return replace(
+        image,
+        name="tae.joint",
+        autoencoder=AutoencoderSize(),
+        data=replace(image.data, image_every=4),
+        loss=replace(image.loss, adversarial_from_step=5000),
+        layout=Layout(recompute="full"),
+        global_batch=16,
+        micro_batch=1,
+        image_batch=64,
+        num_steps=50_000,
+        init_from=image.output,
+        output="out/tae/joint",
+    )
+
+
+def opl_finetune() -> TaeRecipe:
+    """Outlier penalty (s3.1.1, eq. 1; r = 3, weight 1e5): 10k more steps of `tae.joint` that remove latent dots."""
+    before = joint()
+    return replace(
+        before,
+        name="tae.opl_finetune",
+        loss=replace(before.loss, outlier=1e5, adversarial_from_step=0),
+        optim=replace(before.optim, learning_rate=5e-5),
+        num_steps=10_000,
+        init_from=before.output,
+        output="out/tae/opl_finetune",
+    )
+
+
+def tiny_image() -> TaeRecipe:
+    """Image autoencoder (s3.1.1) at toy size, on the frames of Moving Shapes: what `tae.tiny` is inflated from."""
+    return TaeRecipe(
+        name="tae.tiny_image",
+        cluster="cpu_2",
+        autoencoder=replace(_TINY, inflation="2D", temporal_compression=1),
+        data=ClipData(manifest="out/demo/clips/manifest.parquet", bucket=MOVING_SHAPES, image_every=1),
+        loss=AutoencoderLosses(squared_error_steps=1_000_000, kl=1e-5, outlier=1.0),
+        optim=Optim(learning_rate=3e-3, warmup_steps=20, decay="cosine", weight_decay=0.0, beta2=0.99),
+        global_batch=16,
+        micro_batch=8,
+        num_steps=300,
+        precision="fp32",
+        output="out/demo/tae_image",
+        save_every=100,
+    )
+
+
+def tiny() -> TaeRecipe:
+    """Temporal autoencoder (s3.1.1) at toy size: 64 px, 16 frames -> 2x8x8 latents of 16 channels."""
+    return TaeRecipe(
+        name="tae.tiny",
+        cluster="cpu_2",
+        autoencoder=_TINY,
+        data=ClipData(manifest="out/demo/clips/manifest.parquet", bucket=MOVING_SHAPES),
+        loss=AutoencoderLosses(squared_error_steps=1_000_000, kl=1e-5, outlier=1.0),
+        optim=Optim(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.0, beta2=0.99),
+        global_batch=4,
+        micro_batch=2,
+        image_batch=16,
+        num_steps=600,
+        init_from="out/demo/tae_image",
+        precision="fp32",
+        output="out/demo/tae",
+        save_every=100,
+    )
+
+
+def small() -> TaeRecipe:
+    """Temporal autoencoder (s3.1.1) overfitted to five seconds of Big Buck Bunny at 256 px, in CPU minutes."""
+    return TaeRecipe(
+        name="tae.small",
+        cluster="cpu_2",
+        autoencoder=_TINY,
+        data=ClipData(
+            manifest=str(BIG_BUCK_BUNNY),
+            bucket=Bucket(num_frames=16, height_px=256, width_px=256, fps=25),
+            crop_px=64,
+            crops=4,
+        ),
+        loss=AutoencoderLosses(squared_error_steps=1_000_000, outlier=0.0),
+        optim=Optim(learning_rate=2e-3, warmup_steps=20, decay="cosine", weight_decay=0.0, beta2=0.99),
+        global_batch=2,
+        micro_batch=1,
+        num_steps=1000,
+        precision="fp32",
+        output="out/tae/small",
+        save_every=100,
+    )
