@@ -14,12 +14,13 @@ import torch
 
 from nemo_moviegen import flow
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.video_files import contact_sheet, write_mp4, write_png
+from nemo_moviegen.video_files import contact_sheet, pick_frames, stream_mp4, write_png
 
 LATENT_STRIDE = 8
 """Pixels and frames of one latent position (s3.1.1)."""
 SETTINGS_FILE = "settings.json"
 SHEET_FILE = "contact_sheet.png"
+SHEET_COLUMNS = 8
 
 
 def generate(
@@ -39,13 +40,15 @@ def generate(
     guidance_scale=None,
     seed=0,
     batch_size=4,
+    tiling=None,
 ) -> list[Path]:
     """Write one mp4 a prompt (PNG for num_frames = 1), a contact sheet and the settings; returns the files.
 
     Sampling is Euler over the linear-quadratic schedule with classifier-free guidance (s3.4); where
     `guidance_scale` is None the recipe's counts. The noise of prompt i is keyed by (seed, i), so neither
-    `batch_size` nor the other prompts change a sample. Raises ValueError before any model is loaded where a
-    folder, a prompt, a size or the output does not serve.
+    `batch_size` nor the other prompts change a sample. Frames are decoded in tiles (`tae.tiling.Tiling`, the
+    paper's by default) and written as they come. Raises ValueError before any model is loaded where a folder,
+    a prompt, a size or the output does not serve.
     """
     from nemo_moviegen.data.collate import limit_text
     from nemo_moviegen.data.latents import LatentReader
@@ -93,10 +96,9 @@ def generate(
         seed=seed,
         batch_size=batch_size,
     )
-    videos = [decode(autoencoder, latent, mean_C, std_C, num_frames) for latent in latent_BTCHW]
     seconds = time.perf_counter() - started
-
-    files = write_samples(videos, prompts, output, fps)
+    videos = (decode(autoencoder, latent, mean_C, std_C, num_frames, tiling) for latent in latent_BTCHW)
+    files = write_samples(videos, num_frames, prompts, output, fps)
     settings = {
         **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in folders.items()},
         "recipe": recipe.name,
@@ -193,25 +195,41 @@ def pad_contexts(features, context_sizes, device=None):
     return tuple(contexts), tuple(masks)
 
 
-@torch.no_grad()
-def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames) -> torch.Tensor:
-    """Video [num_frames, 3, H, W] in [-1, 1] on the CPU, of a normalised latent there."""
+def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames, tiling=None):
+    """Frames of a normalised latent, [t, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
+    from nemo_moviegen.tae.tiling import Tiling, decode_frames
+
     raw_TCHW = latent_TCHW.float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
     device = next(autoencoder.parameters()).device
-    return autoencoder.decode(raw_TCHW[None].to(device), num_frames=num_frames)[0].clamp(-1, 1).cpu()
+    for frames_BTCHW in decode_frames(autoencoder, raw_TCHW[None].to(device), num_frames, tiling or Tiling()):
+        yield frames_BTCHW[0].clamp(-1, 1).cpu()
 
 
-def write_samples(videos, prompts, output, fps) -> list[Path]:
-    """One file a video [T, 3, H, W], named by number and prompt, and the contact sheet; returns the files."""
-    files = []
-    for index, (video, prompt) in enumerate(zip(videos, prompts, strict=True)):
-        stem = f"{index:03d}-{_slug(prompt)}"
-        if len(video) == 1:
-            files.append(write_png(video[0], output / f"{stem}.png"))
+def write_samples(videos, num_frames, prompts, output, fps) -> list[Path]:
+    """One file a video, named by number and prompt, and the contact sheet; returns the files.
+
+    A video is an iterable of chunks [t, 3, H, W], `num_frames` in all; only what the sheet shows is kept.
+    """
+    files, shown = [], []
+    for index, (chunks, prompt) in enumerate(zip(videos, prompts, strict=True)):
+        path, kept = output / f"{index:03d}-{_slug(prompt)}", []
+        passing = _keeping(chunks, pick_frames(num_frames, SHEET_COLUMNS), kept)
+        if num_frames == 1:
+            files.append(write_png(torch.cat(list(passing))[0], path.with_name(f"{path.name}.png")))
         else:
-            files.append(write_mp4(video, output / f"{stem}.mp4", fps))
-    contact_sheet(videos, prompts, output / SHEET_FILE)
+            files.append(stream_mp4(passing, path.with_name(f"{path.name}.mp4"), fps))
+        shown.append(torch.stack(kept))
+    contact_sheet(shown, prompts, output / SHEET_FILE, num_columns=SHEET_COLUMNS)
     return files
+
+
+def _keeping(chunks, numbers, kept):
+    """The chunks; the frames of these numbers are appended to `kept` as they pass."""
+    start = 0
+    for chunk in chunks:
+        kept += [chunk[n - start].clone() for n in numbers if start <= n < start + len(chunk)]
+        start += len(chunk)
+        yield chunk
 
 
 def latent_size(num_frames, height_px, width_px) -> tuple[int, int, int]:

@@ -16,9 +16,14 @@ from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
 from nemo_moviegen.report_charts import LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
 
-RUNS = {"tae": "Autoencoder", "t2i": "Text to image", "t2iv": "Text to image and video"}
+RUNS = {
+    "tae_image": "Image autoencoder",
+    "tae": "Autoencoder",
+    "t2i": "Text to image",
+    "t2iv": "Text to image and video",
+}
 """Run folders of a demo, in the order of the stages, and what the page calls them."""
-CHARTS = {"tae": ("l1", "psnr_db"), "t2i": ("loss",), "t2iv": ("loss",)}
+CHARTS = {"tae_image": ("psnr_db",), "tae": ("l1", "psnr_db"), "t2i": ("loss",), "t2iv": ("loss",)}
 """What is drawn of each run: keys logged as train/KEY, and heldout/KEY where held-out clips are measured."""
 PACKAGES = (
     "torch",

@@ -3,7 +3,9 @@
 Axis letters: T frames, C channels (RGB), H W height and width.
 """
 
+import itertools
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,32 +36,51 @@ def write_mp4(video_TCHW, path, fps) -> Path:
     Odd sizes get their last row or column twice, for 4:2:0 colour needs even sides. Raises ValueError for a
     wrong shape, a non-finite value or a frame rate that is not positive.
     """
+    return stream_mp4([video_TCHW], path, fps)
+
+
+def stream_mp4(chunks, path, fps) -> Path:
+    """`write_mp4` of a video that comes in chunks [t, 3, H, W]: each is encoded and let go.
+
+    The file appears under its name when it is whole. ValueError also where no chunk comes.
+    """
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
     if not fps > 0:
         raise ValueError(f"fps is {fps}; a video needs more than 0 frames a second")
-    frames_THWC = to_uint8(video_TCHW)
-    height, width = frames_THWC.shape[1:3]
-    frames_THWC = np.pad(frames_THWC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width = frames_THWC.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "15", "preset": "medium"}
-        # Tagged, because players guess the matrix of an untagged file from its size and shift the colours.
-        stream.codec_context.colorspace = Colorspace.ITU709
-        stream.codec_context.color_range = ColorRange.MPEG
-        for frame_HWC in frames_THWC:
-            frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-            )
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+    part = path.with_name(f".part-{path.name}")
+    try:
+        frames = (_even_sides(frame_HWC) for chunk in chunks for frame_HWC in to_uint8(chunk))
+        first = next(frames, None)
+        if first is None:
+            raise ValueError(f"{path}: no frame came to be written")
+        with av.open(str(part), "w", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.height, stream.width = first.shape[:2]
+            stream.pix_fmt = "yuv420p"
+            stream.options = {"crf": "15", "preset": "medium"}
+            # Tagged: players guess the matrix of an untagged file from its size and shift the colours.
+            stream.codec_context.colorspace = Colorspace.ITU709
+            stream.codec_context.color_range = ColorRange.MPEG
+            for frame_HWC in itertools.chain([first], frames):
+                frame = av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")
+                frame = frame.reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
+
+
+def _even_sides(frame_HWC):
+    height, width = frame_HWC.shape[:2]
+    return np.pad(frame_HWC, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def write_png(frame_CHW, path) -> Path:

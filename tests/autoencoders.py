@@ -77,7 +77,7 @@ def decoder_reach(size):
 
 
 class MostAlive(TorchDispatchMode):
-    """Bytes of tensors made inside that were alive at once, at most: `most`. Views of `given` do not count."""
+    """Bytes of tensors made inside that were alive at once, at most: `most`. `given` does not count."""
 
     def __init__(self, *given):
         super().__init__()

@@ -10,6 +10,7 @@ from ranks import run_on_ranks
 
 from nemo_moviegen import flow
 from nemo_moviegen.generate import (
+    _keeping,
     check_fits,
     check_folder,
     check_prompts,
@@ -23,7 +24,8 @@ from nemo_moviegen.generate import (
     write_samples,
 )
 from nemo_moviegen.recipe import recipe_yaml
-from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
+from nemo_moviegen.sizes import VIDEO_TINY, AutoencoderSize, ContextSize
+from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.video_files import read_frames
 from recipes import tae, tiny
 
@@ -122,27 +124,32 @@ def test_features_of_other_encoders_are_refused():
 
 
 def test_decoding_undoes_the_normalisation_of_each_channel():
-    seen = []
-
-    class Decoder(torch.nn.Linear):
-        def decode(self, latent_BTCHW, num_frames):
-            seen.append(latent_BTCHW)
-            return torch.full((1, num_frames, 3, 8, 8), 7.0)
-
-    autoencoder = Decoder(1, 1)
+    autoencoder = TemporalAutoencoder(AutoencoderSize(base_width=4, multipliers=(1, 1, 1, 1))).eval()
     mean, std = torch.arange(16.0), torch.arange(16.0) + 1
-    video = decode(autoencoder, torch.ones(LATENT_TCHW), mean, std, num_frames=11)
-    assert video.shape == (11, 3, 8, 8)
-    assert video.max() == 1
-    torch.testing.assert_close(seen[0][0, 1, :, 2, 3], mean + std)
+    latent = torch.randn(LATENT_TCHW, generator=torch.Generator().manual_seed(0))
+    chunks = list(decode(autoencoder, latent, mean, std, num_frames=11))
+    raw = latent * std[:, None, None] + mean[:, None, None]
+    with torch.no_grad():
+        expected = autoencoder.decode(raw[None], num_frames=11)[0].clamp(-1, 1)
+    assert len(chunks) > 1 and expected.abs().max() == 1
+    torch.testing.assert_close(torch.cat(chunks), expected, rtol=0, atol=1e-4)
 
 
 def test_videos_become_mp4_files_and_images_png_files(tmp_path):
-    videos = [torch.zeros(5, 3, 16, 16), torch.zeros(1, 3, 16, 16)]
-    files = write_samples(videos, ['A red "circle"!', "//"], tmp_path, fps=8)
-    assert [file.name for file in files] == ["000-a-red-circle.mp4", "001-sample.png"]
-    assert [len(read_frames(file)) for file in files] == [5, 1]
+    videos = [[torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 16, 16)], [torch.zeros(5, 3, 16, 16)]]
+    files = write_samples(videos, 5, ['A red "circle"!', "//"], tmp_path, fps=8)
+    files += write_samples([[torch.zeros(1, 3, 16, 16)]], 1, ["//"], tmp_path, fps=8)
+    assert [file.name for file in files] == ["000-a-red-circle.mp4", "001-sample.mp4", "000-sample.png"]
+    assert [len(read_frames(file)) for file in files] == [5, 5, 1]
     assert (tmp_path / "contact_sheet.png").stat().st_size > 500
+
+
+def test_the_sheet_keeps_the_frames_it_shows_and_no_others():
+    """Seen to catch: numbers counted from the chunk's start."""
+    chunks = torch.arange(20.0).split(3)
+    kept = []
+    assert torch.equal(torch.cat(list(_keeping(chunks, [0, 4, 5, 19], kept))), torch.arange(20.0))
+    assert [float(frame) for frame in kept] == [0, 4, 5, 19]
 
 
 def test_latent_sizes():
@@ -247,8 +254,7 @@ def make_on_rank(folders, output):
     """In a process of its own, for it patches torch and joins groups: samples of untrained real models."""
     import nemo_moviegen.training.autoencoder
     import nemo_moviegen.training.checkpoint
-    from nemo_moviegen.recipe import AutoencoderSize, Layout
-    from nemo_moviegen.tae.model import TemporalAutoencoder
+    from nemo_moviegen.recipe import Layout
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     stand_in_for_cuda()

@@ -1,4 +1,4 @@
-"""Inflation of a 2D autoencoder: diffusers' AutoencoderKL on random weights is the reference, frame by frame."""
+"""Inflation of a 2D autoencoder: diffusers' AutoencoderKL with random weights is the reference."""
 
 import json
 from dataclasses import replace
@@ -112,13 +112,16 @@ def assert_like_diffusers(ours, theirs, num_frames=9, **changed):
 @pytest.mark.parametrize("num_frames", [1, 9, 17])
 @pytest.mark.parametrize("inflation", ["2D", "2.5D", "3D"])
 def test_each_frame_is_what_diffusers_makes_of_it(saved, theirs, inflation, num_frames):
-    """PLANTED."""
+    """Seen to catch: queries and keys swapped, the bias of quant_conv dropped, quant_conv transposed, norms
+    swapped, post_quant_conv folded into the convolution after it (whose padding knows no bias), the tap after
+    the middle one.
+    """
     assert is_diffusers_folder(saved)
     assert_like_diffusers(inflated(saved, inflation=inflation), theirs, num_frames)
 
 
 def test_levels_of_other_widths_with_published_groups_and_blocks(tmp_path):
-    """PLANTED2."""
+    """Seen to catch: the shortcut's 1x1 convolution transposed."""
     theirs = image_autoencoder((128, 256, 128, 256), groups=32, latent_channels=4, layers_per_block=2)
     theirs.save_pretrained(tmp_path)
     size = AutoencoderSize(base_width=128, multipliers=(1, 2, 1, 2), blocks_per_level=2, latent_channels=4)
@@ -147,6 +150,8 @@ def test_weights_in_half_precision_load_as_they_are(tmp_path, variant):
 
 
 def test_folders_with_the_attention_names_of_old_load(folder, theirs):
+    """Seen to catch: queries and keys swapped."""
+
     def rename(weights):
         for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
             for name in [name for name in weights if f".{new}." in name]:
@@ -160,9 +165,12 @@ def test_folders_with_the_attention_names_of_old_load(folder, theirs):
 @pytest.mark.parametrize("num_frames", [1, 9, 17])
 @pytest.mark.parametrize(("inflation", "kernel"), [("2.5D", 3), ("3D", 3), ("3D", 5)])
 def test_our_own_image_autoencoder_inflates_likewise(inflation, kernel, num_frames):
-    """Seen to catch: the tap after the middle one."""
+    """Seen to catch: the tap after the middle one, taps beside it left as they were."""
     image = randomised(TemporalAutoencoder(of(OWN, "2D")))
     ours = TemporalAutoencoder(of(OWN, inflation, temporal_kernel=kernel)).double()
+    for parameter in ours.parameters():
+        if parameter.dim() == 5:
+            parameter.data.fill_(1.0)
     fresh = load_weights(ours, image.state_dict(), "image")
     assert fresh and all(".time." in name or ".temporal_attention." in name for name in fresh)
 
@@ -271,6 +279,7 @@ def test_files_that_are_absent_or_damaged_are_refused(folder):
     ],
 )
 def test_an_autoencoder_of_another_size_is_told_what_to_set_and_left_as_it_was(saved, size, change):
+    """Seen to catch: weights written before all are compared."""
     model = TemporalAutoencoder(size)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(ValueError, match=f"(?s)in {saved} does not fit this one: .* and .* more; {change}"):

@@ -29,7 +29,7 @@ def test_any_number_of_frames_goes_to_an_eighth_rounded_up_and_back(num_frames):
 @pytest.mark.parametrize("channels", [8, 16])
 @pytest.mark.parametrize(("inflation", "compression"), KINDS)
 def test_every_inflation_and_compression_keeps_any_number_of_frames(inflation, compression, channels):
-    """Seen to catch: the decoder doubles frames at every level, whatever the temporal stride."""
+    """Seen to catch: eight frames a latent, whatever the compression."""
     size = small(inflation=inflation, temporal_compression=compression, latent_channels=channels)
     model = autoencoder(size).requires_grad_(False)
     for num_frames in range(1, 2 * compression + 2):
@@ -55,7 +55,10 @@ def test_surplus_frames_are_those_at_the_end():
     ("compression", "frames"), [(8, (8, 4, 2)), (4, (16, 8, 4)), (2, (16, 16, 8)), (1, (16, 16, 16))]
 )
 def test_frames_are_halved_at_the_last_places_that_halve_pixels(inflation, compression, frames):
-    """And doubled at the first of the decoder. Seen to catch: strides in reverse, in encoder or decoder."""
+    """And doubled at the first of the decoder.
+
+    Seen to catch: strides in reverse, in encoder or decoder; frames doubled at every level.
+    """
     model, seen = autoencoder(small(inflation=inflation, temporal_compression=compression)), []
     places = [model.encoder.levels[i][-1] for i in range(3)] + [model.decoder.levels[i].up for i in range(3)]
     for place in places:
@@ -261,7 +264,10 @@ def _count(**changes):
 
 
 def test_the_image_model_has_the_parameters_of_ldms_autoencoder():
-    """That of Stable Diffusion has 83,653,863, of them 72 in a 1x1 convolution after the encoder."""
+    """That of Stable Diffusion has 83,653,863, of them 72 in a 1x1 convolution after the encoder.
+
+    Seen to catch: one more convolution of one tap.
+    """
     assert _image_parameters(4)[0] == 83_653_863 - 72
     assert _count(inflation="2D", temporal_compression=1, latent_channels=4) == 83_653_863 - 72
 
@@ -270,6 +276,8 @@ def test_the_production_size_has_114_million_parameters():
     """LDM's, a convolution of three frames over the outputs of each of its, and two temporal attentions.
 
     3D has three times the 3x3 kernels instead. Temporal strides cost nothing.
+
+    Seen to catch: a kernel of five frames.
     """
     image, outputs, attention = _image_parameters(16)
     over_time = sum(3 * o * o + o for o in outputs)

@@ -60,6 +60,7 @@ def test_another_order_of_channels_is_recognised_and_the_advice_mends_it(shape, 
 
 
 def test_three_frames_in_the_right_order_are_no_other_order():
+    """Seen to catch: three frames taken for colours."""
     check_video(torch.zeros(3, 3, 3, 8, 8))
 
 
@@ -92,11 +93,13 @@ def test_frames_with_values_that_are_no_numbers_are_named(bad):
 
 
 def test_of_many_bad_frames_eight_are_named():
+    """Seen to catch: nine."""
     with pytest.raises(ValueError, match=r"\(frames 1, 2, 3, 4, 5, 6, 7, 8, \.\.\.\)"):
         check_video(torch.cat([torch.zeros(1, 1, 3, 8, 8), torch.full((1, 20, 3, 8, 8), NAN)], dim=1))
 
 
 def test_bytes_and_their_range_are_refused_and_the_advice_mends_them():
+    """Seen to catch: values of 255 let through."""
     pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 1, 16, 16).expand(1, 2, 3, 16, 16)
     with pytest.raises(ValueError, match=r"is torch.uint8; convert it to floats .*\(x / 127.5 - 1 for bytes"):
         check_video(pixels)
@@ -106,6 +109,7 @@ def test_bytes_and_their_range_are_refused_and_the_advice_mends_them():
 
 
 def test_a_resizing_filter_may_overshoot_a_little():
+    """Seen to catch: a limit of one."""
     check_video(torch.full((1, 1, 3, 8, 8), -1.3))
     with pytest.raises(ValueError, match="values up to 2"):
         check_video(torch.full((1, 1, 3, 8, 8), -2.0))
@@ -118,6 +122,7 @@ def test_a_length_the_latent_does_not_hold_is_refused(num_frames, model):
 
 
 def test_a_recipe_names_the_same_sizes():
+    """Seen to catch: a list kept as a list."""
     assert nemo_moviegen.recipe.AutoencoderSize is AutoencoderSize
     assert AutoencoderSize(multipliers=[1, 2, 4, 4]) == AutoencoderSize()  # as a file of yaml has them
 
@@ -139,5 +144,6 @@ def test_a_recipe_names_the_same_sizes():
     ],
 )
 def test_sizes_no_autoencoder_has_are_refused_when_they_are_written(changes, says):
+    """Seen to catch: a compression of 16 let through."""
     with pytest.raises(ValueError, match=says):
         AutoencoderSize(**changes)

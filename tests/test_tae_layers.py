@@ -49,7 +49,7 @@ def test_the_gradient_of_the_temporal_convolution_is_that_of_its_values(num_fram
 
 
 def test_the_convolution_of_frames_that_need_no_gradient_gives_its_weights_theirs():
-    """The first layer of the encoder sees pixels. Seen to catch: a gradient of the input always asked for."""
+    """The first layer sees pixels. Seen to catch: what an edge adds to a gradient that is not there."""
     gradients = []
     for needs_gradient in (False, True):
         x = random_video(1, 4, 2, 2, 3).requires_grad_(needs_gradient)
@@ -99,6 +99,7 @@ def test_temporal_attention_sees_three_latents_to_each_side(num_frames):
 
 
 def test_a_changed_latent_is_seen_by_the_three_before_and_after_and_no_other():
+    """Seen to catch: a mask of one latent more."""
     layer, x = attention(), random_video(1, 13, 1, 2, 8)
     changed = x.clone()
     changed[:, 6] += random_video(1, 2, 8, seed=1)[0]

@@ -1,4 +1,4 @@
-"""Clips in chunks of frames: the numbers of the whole clip, as soon as they are known, in memory that stays."""
+"""Clips in chunks of frames: the numbers of the whole clip, as soon as they are known, in steady memory."""
 
 import itertools
 
@@ -179,6 +179,7 @@ def test_memory_of_a_stream_grows_with_the_frames_at_once_and_not_with_the_chunk
 
 
 def test_a_stream_keeps_nothing_for_a_gradient():
+    """Seen to catch: gradients of a decoded stream."""
     model = shared().requires_grad_(True)
     latent = joined(model.encode_stream([random_video(1, 9, 3, 8, 8)]))
     assert not latent.requires_grad
@@ -187,6 +188,7 @@ def test_a_stream_keeps_nothing_for_a_gradient():
 
 
 def test_a_stream_of_no_chunks_is_refused():
+    """Seen to catch: no frames without a word."""
     for stream in (shared().encode_stream, shared().decode_stream):
         with pytest.raises(ValueError, match="a stream of no chunks has no clip: pass one frame or more"):
             next(stream(iter(())))

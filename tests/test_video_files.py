@@ -1,12 +1,22 @@
 """Videos as files: what is written is what a player reads back."""
 
+import weakref
+
 import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from nemo_moviegen.video_files import contact_sheet, pick_frames, read_frames, to_uint8, write_mp4, write_png
+from nemo_moviegen.video_files import (
+    contact_sheet,
+    pick_frames,
+    read_frames,
+    stream_mp4,
+    to_uint8,
+    write_mp4,
+    write_png,
+)
 
 
 def flat_video(colors, size=(32, 48)):
@@ -69,6 +79,38 @@ def test_a_video_that_is_none_is_refused_and_nothing_is_written(tmp_path, video,
     with pytest.raises(ValueError, match=words):
         write_mp4(video, tmp_path / "bad.mp4", fps=16)
     assert not (tmp_path / "bad.mp4").exists()
+
+
+def test_a_video_in_chunks_is_the_file_of_the_whole_and_no_chunk_waits_for_the_next(tmp_path):
+    """Seen to catch: all chunks taken before the first is encoded."""
+    video = torch.linspace(-1, 1, 40 * 3 * 16 * 16).view(40, 3, 16, 16)
+    alive = []
+
+    def chunks():
+        for chunk in video.split(4):
+            chunk = chunk.clone()
+            alive.append(weakref.ref(chunk))
+            yield chunk
+            assert sum(ref() is not None for ref in alive) <= 2
+
+    whole = write_mp4(video, tmp_path / "whole.mp4", fps=8)
+    parts = stream_mp4(chunks(), tmp_path / "parts.mp4", fps=8)
+    assert (read_frames(parts) == read_frames(whole)).all()
+    with pytest.raises(ValueError, match="no frame came"):
+        stream_mp4([], tmp_path / "none.mp4", fps=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.mp4", "whole.mp4"]
+
+
+def test_a_video_that_breaks_off_leaves_no_file(tmp_path):
+    """Seen to catch: half a file under its name."""
+
+    def chunks():
+        yield torch.zeros(2, 3, 16, 16)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stream_mp4(chunks(), tmp_path / "clip.mp4", fps=8)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_frame_rate_of_zero_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Windows that cover a length, and the weights that blend them (windows.py)."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_windows_cover_the_length_each_an_overlap_into_the_one_before(covering):
     length, size, overlap = covering
     spans = windows(length, size, overlap)
     assert spans[0][0] == 0 and spans[-1][1] == length
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         assert end - start == overlap
     assert all(end - start == size for start, end in spans[:-1])
 
@@ -34,7 +36,7 @@ def test_windows_cover_the_length_each_an_overlap_into_the_one_before(covering):
 def test_the_last_window_reaches_past_its_overlap(covering):
     """No window holds only what the one before holds. Seen to catch: windows up to `length + overlap`."""
     spans = windows(*covering)
-    for (_, end), (_, next_end) in zip(spans, spans[1:], strict=False):
+    for (_, end), (_, next_end) in itertools.pairwise(spans):
         assert next_end > end
     assert spans[-1][1] - spans[-1][0] <= covering[1]
 
@@ -73,6 +75,7 @@ def test_place_j_of_an_overlap_of_n_has_j_over_n_of_the_later_window(covering):
 @given(st.integers(1, 40), st.integers(0, 40))
 @CASES
 def test_one_window_is_the_whole_with_a_weight_of_one(length, longer):
+    """Seen to catch: a size of 0 cut into windows."""
     size = length + longer
     for spans in (windows(length, size, size // 2), windows(length, 0, 16)):
         assert spans == [(0, length)]
@@ -80,6 +83,7 @@ def test_one_window_is_the_whole_with_a_weight_of_one(length, longer):
 
 
 def test_the_overlap_drawn_in_the_module():
+    """Seen to catch: the two windows' weights exchanged."""
     spans = windows(12, 8, 4)
     assert spans == [(0, 8), (4, 12)]
     assert blend_weights(spans) == [

@@ -8,7 +8,8 @@ def result_rows(groups, compressions, clips, moments, features) -> list[dict]:
     """Rows in the order of groups, then of runs; one row without numbers for a group without spans.
 
     `compressions` is told by run, `clips` are the numbers of each clip and run, `moments` those of features
-    by (group, run) and (group, "") of the originals, `features` their name. fid is None where a group has a single frame.
+    by (group, run) and (group, "") of the originals, `features` their name. fid is None where a group has a
+    single frame.
     """
     rows = []
     for group in groups:

@@ -47,15 +47,16 @@ def read_source(path, output) -> Source:
     if path.is_dir():
         from nemo_moviegen.curation.videos import list_videos
 
-        files = [path / video.name for video in list_videos(path, output).videos]
-        return Source(clips=Clips.of(map(_whole_file, files)), told=f"all {len(files)} videos of the folder")
+        names = [video.name for video in list_videos(path, output).videos]
+        clips = Clips.of(_whole_file(path / name, name) for name in names)
+        return Source(clips=clips, told=f"all {len(names)} videos of the folder")
     if not path.is_file():
         raise ValueError(
             f"{path}: no such file or folder; give a Parquet manifest, a video or a folder of videos"
         )
     with path.open("rb") as file:
         if file.read(4) != b"PAR1":
-            return Source(clips=Clips.of([_whole_file(path)]), told="one video")
+            return Source(clips=Clips.of([_whole_file(path, path.name)]), told="one video")
     clips = read_manifest(path)
     is_heldout = clips.column("split") == "heldout"
     if is_heldout.any():
@@ -126,12 +127,12 @@ def _permutation(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
 
-def _whole_file(path):
+def _whole_file(path, clip_id):
     info = probe_video(path)
     if not info.duration_seconds > 0 or not info.fps > 0:
         raise ValueError(f"{path}: its header tells no duration or frame rate; write it to another container")
     return Clip(
-        clip_id=str(path),
+        clip_id=clip_id,
         path=str(path),
         kind="video",
         start_seconds=0.0,
