@@ -100,6 +100,8 @@ class ClipData:
     """Height and width of random crops of what the bucket delivers; 0 = whole frames."""
     crops: int = 1
     """Crops of each clip or image: decoding once serves them all."""
+    in_memory: bool = False
+    """Whether every rank keeps what it has decoded, in float32: for a set of some minutes of video."""
 
     def __post_init__(self):
         if (

@@ -76,16 +76,18 @@ def _check_autoencoder_inputs(recipe):
         )
     if recipe.loss.perceptual and not Path(recipe.loss.vgg_weights).is_file():
         raise ValueError(
-            f"{recipe.name} compares features of VGG16, whose weights {recipe.loss.vgg_weights} are not there: "
-            "set loss.vgg_weights to torchvision's vgg16-397923af.pth, or train without by loss.perceptual=0"
+            f"{recipe.name} compares features of VGG16, whose weights {recipe.loss.vgg_weights} are not "
+            "there: set loss.vgg_weights to torchvision's vgg16-397923af.pth, or train without by "
+            "loss.perceptual=0"
         )
     start = Path(recipe.init_from)
     resumes = (Path(recipe.output) / RECIPE_FILE).is_file()
-    if recipe.init_from and not resumes and not any((start / f).is_file() for f in (RECIPE_FILE, "config.json")):
+    is_there = any((start / file).is_file() for file in (RECIPE_FILE, "config.json"))
+    if recipe.init_from and not resumes and not is_there:
         raise ValueError(
             f"{recipe.name} starts from the autoencoder in {recipe.init_from}, which is not there: train it "
-            "first, or set init_from to its run folder, to a folder of diffusers' AutoencoderKL, or to nothing "
-            "(init_from=) for fresh weights"
+            "first, or set init_from to its run folder, to a folder of diffusers' AutoencoderKL, or to "
+            "nothing (init_from=) for fresh weights"
         )
 
 

@@ -17,9 +17,9 @@ class AutoencoderLosses:
     perceptual: float = 0.0
     """LPIPS of each frame; needs `vgg_weights`. 1.0 in production."""
     vgg_weights: str = ""
-    """Local file of VGG16's weights as torchvision saves them (.pth or .safetensors); nothing is downloaded."""
+    """Local file of VGG16's weights as torchvision saves them, .pth or .safetensors; nothing is downloaded."""
     adversarial: float = 0.0
-    """Of the discriminator's verdict, times the adaptive weight that levels both gradients. 0.1 in production."""
+    """Of the discriminator's verdict, times the weight that levels both gradients. 0.1 in production."""
     adversarial_from_step: int = 0
     """First step with a discriminator: before, reconstructions differ from video by their blur alone."""
     kl: float = 1e-6

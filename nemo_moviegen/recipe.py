@@ -30,9 +30,11 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW. The paper states only the learning rates (Table 3); the rest is our default."""
+    """The optimiser. The paper states only the learning rates (Table 3); the rest is our default."""
 
     learning_rate: float
+    kind: str = "adamw"
+    """adamw; or muon, for autoencoders only: megatron's optimisers have none."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -45,6 +47,8 @@ class Optim:
     """constant or cosine (to a tenth of the peak at the last step)."""
 
     def __post_init__(self):
+        if self.kind not in ("adamw", "muon"):
+            raise ValueError(f"optim.kind is {self.kind!r}; use adamw or muon")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"optim.decay is {self.decay!r}; use constant or cosine")
         for name in ("learning_rate", "eps", "clip_grad"):
@@ -129,6 +133,10 @@ class VideoRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.optim.kind != "adamw":
+            raise ValueError(
+                f"{self.name}: optim.kind={self.optim.kind} is for autoencoders; transformers train with adamw"
+            )
         heads, tensor = self.size.num_heads, self.layout.tensor
         if heads % tensor:
             raise ValueError(

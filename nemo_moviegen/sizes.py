@@ -180,7 +180,7 @@ class AutoencoderSize:
     latent_channels: int = 16
     """16 is the paper's; 8 that of its ablation (Table 10)."""
     inflation: str = "2.5D"
-    """2.5D: a convolution over time after each over space (the paper's). 3D: both in one (Table 11). 2D: none,
+    """2.5D: a convolution over time after each over space (the paper). 3D: both in one (Table 11). 2D: none,
     an image autoencoder that takes each frame alone; what the other two start from."""
     temporal_compression: int = 8
     """Frames in a latent: 8 is the paper's, 4 that of its ablation, 1 none (2D always)."""

@@ -10,6 +10,7 @@ RECIPES = {
     "tae.tiny_image": tae.tiny_image,
     "tae.tiny": tae.tiny,
     "tae.small": tae.small,
+    "tae.small_opl": tae.small_opl,
     "tiny.t2i": tiny.t2i,
     "tiny.t2iv": tiny.t2iv,
     "video_30b.t2i_256_1536": video_30b.t2i_256_1536,

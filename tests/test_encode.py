@@ -153,15 +153,15 @@ def test_a_killed_run_leaves_nothing_that_reads_as_complete(stage, tmp_path, mon
     output = tmp_path / "latents"
     run(stage, output)
     assert len(LatentReader(output)) == 10 and len(LatentReader(heldout_folder(output))) == 4
-    calls, whole = [], TemporalAutoencoder.encode
+    calls, whole = [], TemporalAutoencoder.encode_stream
 
-    def dies(self, video_BTCHW):
+    def dies(self, videos):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return whole(self, video_BTCHW)
+        return whole(self, videos)
 
-    monkeypatch.setattr(TemporalAutoencoder, "encode", dies)
+    monkeypatch.setattr(TemporalAutoencoder, "encode_stream", dies)
     with pytest.raises(KeyboardInterrupt):
         run(stage, output, samples_per_shard=2)
     for folder in (output, heldout_folder(output)):

@@ -160,10 +160,10 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip(inflation):
         return (torch.ones(1, *shape, dtype=torch.float64) for _ in range(number))
 
     encoder, encoder_longer = (
-        most_alive(lambda n=n: model.encode_stream(chunks(n, 4, 3, 8, 8))) for n in (40, 80)
+        most_alive(lambda n=n: model.encode_stream(chunks(n, 4, 3, 8, 8))) for n in (30, 45)
     )
     decoder, decoder_longer = (
-        most_alive(lambda n=n: model.decode_stream(chunks(n, 1, 4, 1, 1))) for n in (20, 40)
+        most_alive(lambda n=n: model.decode_stream(chunks(n, 1, 4, 1, 1))) for n in (20, 30)
     )
     assert encoder_longer == encoder
     assert decoder_longer == decoder

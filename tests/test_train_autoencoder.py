@@ -169,7 +169,7 @@ def test_two_ranks_train_the_weights_of_one(manifest, tmp_path):
 
 
 def test_micro_batches_do_not_change_a_step(manifest, tmp_path):
-    """Seen to catch: losses of a micro-batch not divided by their number; the adaptive weight of the last one."""
+    """Seen to catch: losses not divided by the number of micro-batches; the adaptive weight of the last."""
     changes = {"num_steps": 4, "precision": "fp64", "loss": ADVERSARIAL, "discriminator": SMALL_DISCRIMINATOR}
     for micro_batch in (1, 4):
         train_autoencoder(

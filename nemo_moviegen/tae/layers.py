@@ -158,7 +158,7 @@ class Downsample(SpaceTimeConv):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width and, with a temporal stride of 2, frames: nearest neighbour, then convolution."""
+    """Doubles height and width and, with a temporal stride of 2, frames: nearest, then convolution."""
 
     def __init__(self, width, size, temporal_stride):
         super().__init__()

@@ -14,7 +14,7 @@ from nemo_moviegen.flow import sample_generator
 
 
 class TrainingClips:
-    """Micro-batches (video_BTCHW, sample ids) of one rank, decoded by DALI, from `first_step` to the run's end.
+    """Micro-batches (video_BTCHW, sample ids) of one rank, decoded by DALI, from `first_step` to the end.
 
     Which rows a step takes, and which crop of each, is a function of the step: nothing needs saving for a
     resume. `data.crops` crops of a clip are as many samples, each with an id of its own.
@@ -56,16 +56,29 @@ class TrainingClips:
         return self.batch_size[self.kind(step)] * self.recipe.data.crops
 
     def __iter__(self):
+        read = self._from_memory if self.recipe.data.in_memory else self._from_files
         readers = {
-            kind: iter(
-                self.loader(self.clips, self._rows_of(kind), size // (self.num_ranks * self.accumulate))
-            )
+            kind: read(self._rows_of(kind), size // (self.num_ranks * self.accumulate))
             for kind, size in self.batch_size.items()
             if kind in self._orders
         }
         for step in range(self.first_step, self.recipe.num_steps):
             for _ in range(self.accumulate):
                 yield self.cropped(*next(readers[self.kind(step)]), step)
+
+    def _from_files(self, rows, batch_size):
+        return iter(self.loader(self.clips, rows, batch_size))
+
+    def _from_memory(self, rows, batch_size):
+        """The same batches; each row is decoded when it first comes."""
+        known = {}
+        while True:
+            asked = [next(rows) for _ in range(batch_size)]
+            if new := [row for row in dict.fromkeys(asked) if row not in known]:
+                for row, (video_BTCHW, found) in zip(new, self.loader(self.clips, new, 1), strict=True):
+                    known[row] = video_BTCHW[0].clone(), found[0]  # a bad file's substitute under its own row
+            taken = [known[row] for row in asked]
+            yield torch.stack([video_TCHW for video_TCHW, _ in taken]), [row for _, row in taken]
 
     def _rows_of(self, kind):
         steps = itertools.count(self.first_step)

@@ -18,6 +18,7 @@ from nemo_moviegen.tae.discriminator import (
 )
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.training.autoencoder_step import average_over_ranks, reconstruct
+from nemo_moviegen.training.muon import optimizer_of
 from nemo_moviegen.training.record import learning_rate_factor
 
 
@@ -63,16 +64,8 @@ class AutoencoderModule(pl.LightningModule):
         return [self.autoencoder] + ([] if self.discriminator is None else [self.discriminator])
 
     def configure_optimizers(self):
-        optim, settings = self.recipe.optim, self.recipe.discriminator
-        optimizers = [
-            torch.optim.AdamW(
-                self.autoencoder.parameters(),
-                lr=optim.learning_rate,
-                betas=(optim.beta1, optim.beta2),
-                eps=optim.eps,
-                weight_decay=optim.weight_decay,
-            )
-        ]
+        settings = self.recipe.discriminator
+        optimizers = [optimizer_of(self.autoencoder, self.recipe.optim)]
         if self.discriminator is not None:
             betas, rate = (0.5, 0.9), settings.learning_rate
             optimizers.append(

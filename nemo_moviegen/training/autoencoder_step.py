@@ -15,7 +15,7 @@ from nemo_moviegen.flow import draw_noise
 from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
 
 ALWAYS = ("loss", "l1", "squared_error", "kl", "outlier")
-"""Losses of every step, by name; perceptual, adversarial and discriminator come where they are switched on."""
+"""Losses of every step, by name; perceptual, adversarial and discriminator come where they are on."""
 
 
 @dataclass(frozen=True)
