@@ -162,6 +162,7 @@ def encode_command(options):
         task=options.task,
         batch_size=options.batch,
         num_threads=options.threads,
+        tiling=_tiling(options),
         **shapes,
     )
     print(told(options.output, done))
@@ -198,6 +199,7 @@ def generate_command(options):
         guidance_scale=options.guidance,
         seed=options.seed,
         batch_size=options.batch,
+        tiling=_tiling(options),
     )
     print(*files, sep="\n")
 
@@ -238,6 +240,7 @@ def evaluate_command(options):
         fps=options.fps,
         limit=options.limit,
         features=options.features,
+        tiling=_tiling(options),
         fit=options.fit,
         seed=options.seed,
     )
@@ -289,6 +292,16 @@ def _say(error):
         time.sleep(_PATIENCE_SECONDS)
     where = f" (rank {rank})" if rank else ""
     print(f"moviegen: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+
+
+def _tiling(options):
+    """Tiles as asked for, overlapping by half in time; ValueError for sizes that do not serve."""
+    from nemo_moviegen.tae.tiling import Tiling
+
+    frames, size_px = options.tile_frames, options.tile_px
+    shared_px = min(64, size_px // 4 // 8 * 8)
+    shared_frames = frames // 2 // 8 * 8
+    return Tiling(frames=frames, overlap_frames=shared_frames, size_px=size_px, overlap_px=shared_px)
 
 
 def _bucket(options):

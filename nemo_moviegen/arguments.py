@@ -103,6 +103,7 @@ def _parser():
     add("--fps", type=float, help="frames a second")
     add("--batch", type=int, default=8, help="clips encoded at once (%(default)s)")
     add("--threads", type=int, default=1, help="threads that decode (%(default)s)")
+    _add_tiles(add)
 
     add = command("demo", "run the whole chain at toy size, from raw video to prompted samples")
     add("--out", default="out/demo", help="folder for everything (%(default)s)")
@@ -130,6 +131,7 @@ def _parser():
     add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
+    _add_tiles(add)
 
     add = command("evaluate", "measure a trained model on held-out clips: numbers, pictures and a page")
     add("what", choices=("tae",), help="tae: how well an autoencoder reconstructs, and its latents' outliers")
@@ -149,6 +151,7 @@ def _parser():
     add("--features", default="random", help="FID's: random, TorchScript or .pt2 file, package.module:name")
     add("--output", default="out/evaluation", help="folder for metrics and pictures (%(default)s)")
     add("--seed", type=int, default=0, help="which clips are drawn (%(default)s)")
+    _add_tiles(add)
 
     add = command("bench", "measure the data engine: ways to do the same work, in turns, with their ratios")
     add("what", choices=("loader",), help="loader: decoding, reading latents, memory, time to a first batch")
@@ -166,6 +169,12 @@ def _parser():
     add("folder", nargs="?", default="out/demo", help="folder of the demo (%(default)s)")
     add("--output", help="the page; default: report.html in the folder")
     return parser
+
+
+def _add_tiles(add):
+    """How long and large clips go through the autoencoder: `tae.tiling.Tiling`."""
+    add("--tile-frames", type=int, default=32, help="tiles in time; 0 = one stream, no seams (%(default)s)")
+    add("--tile-px", type=int, default=0, help="tiles in space, for little memory; 0 = none (%(default)s)")
 
 
 def _shape(text):

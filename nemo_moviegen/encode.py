@@ -8,8 +8,9 @@ array takes every N-th shard; one that is there, made from the same clips with t
 is. So a job that is killed anywhere goes on where it was, with any number of tasks, and loses at most the
 shards under way. Who finds all shards there writes the index over them, last of all.
 
-The autoencoder sees 32 frames at a time, so only the frames themselves grow with a clip: one batch under way
-and those the loader has ready. Of 256 frames at 768 px, 1.8 GB, a task was measured to hold 7.4 GB at most.
+The autoencoder sees four frames at a time, so only the frames themselves grow with a clip: one batch under
+way and those the loader has ready. Of 256 frames at 768 px, 1.8 GB, a task was measured to hold 7.4 GB at
+most, with a stand-in for the autoencoder.
 
 Clips of the train split go to the output folder, held-out ones to a second folder beside it, so no training
 run can read them by mistake.
@@ -28,7 +29,7 @@ from nemo_moviegen.data.latents import LatentSample
 from nemo_moviegen.data.provenance import folder_fingerprint, weights_fingerprint
 from nemo_moviegen.data.shard_plan import plan_shards
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.tae.tiling import encode_tiled
+from nemo_moviegen.tae.tiling import Tiling, encode_tiled
 
 _FORMAT = 1  # of a shard's bytes: another one makes all shards anew
 _FRAME_BYTES = 2 << 30  # of decoded clips that are encoded at once: one of 256 frames at 768 px has 1.8e9
@@ -47,6 +48,7 @@ def encode(
     batch_size=8,
     num_threads=1,
     samples_per_shard=None,
+    tiling=None,
 ) -> dict:
     """Write the latents of every clip and image of the manifests; returns what was done.
 
@@ -54,7 +56,8 @@ def encode(
     refused with a reason. Its frame rate there leads its caption; features are those of `context_sizes`.
     Held-out clips go to `heldout_folder(output)`, normalised like the training set; the folder gets no index
     where the manifests have none. `task` (I, N) is one of N that run anywhere, in any order: it takes every
-    N-th shard, I first. Runs on a GPU if there is one.
+    N-th shard, I first. Clips go through the autoencoder in tiles (`tae.tiling.Tiling`), the paper's by
+    default. Runs on a GPU if there is one.
 
     Returned keys, of all shards that are there: train, heldout (samples), shapes (samples of each), refused
     (clips for each sort of reason), quarantined (ids of the clips left out for their file's fault), nbytes,
@@ -67,7 +70,7 @@ def encode(
     from nemo_moviegen.text_encoders import TextEncoders, encoder_device
     from nemo_moviegen.training.autoencoder import load_autoencoder
 
-    started = time.perf_counter()
+    started, tiling = time.perf_counter(), tiling or Tiling()
     _check_task(task, batch_size, samples_per_shard)
     plan = plan_shards(manifests, bucket=bucket, bucket_set=bucket_set, samples_per_shard=samples_per_shard)
     _check_plan(manifests, plan)
@@ -79,6 +82,7 @@ def encode(
         "autoencoder": weights_fingerprint(autoencoder),
         "text_encoders": folder_fingerprint(encoders_folder),
         "contexts": [(size.name, size.max_tokens) for size in context_sizes],
+        "tiling": dict(vars(tiling)),
     }
     encoded = Encoded(plan, output, made_with)
     number = encode_shards(
@@ -89,13 +93,14 @@ def encode(
         provenance=made_with | {"package": nemo_moviegen.__version__},
         batch_size=batch_size,
         num_threads=num_threads,
+        tiling=tiling,
     )
     told = {"encoded": number, "num_cut": dict(encoders.num_cut), "seconds": time.perf_counter() - started}
     return encoded.finish() | told
 
 
 def encode_shards(
-    encoded, autoencoder, encoders, task=(0, 1), *, provenance, batch_size=8, num_threads=1
+    encoded, autoencoder, encoders, task=(0, 1), *, provenance, batch_size=8, num_threads=1, tiling=None
 ) -> int:
     """Write those of a task's shards that are not there yet; returns how many samples that were.
 
@@ -122,6 +127,7 @@ def encode_shards(
                 provenance=provenance,
                 batch_size=batch_size,
                 num_threads=num_threads,
+                tiling=tiling or Tiling(),
                 advance=advance,
             )
     return num_written
@@ -140,6 +146,7 @@ def encode_shard(
     provenance,
     batch_size,
     num_threads,
+    tiling,
     advance=lambda count: None,
 ) -> int:
     """One shard and its table in `folder`; returns how many samples it has.
@@ -166,7 +173,7 @@ def encode_shard(
         )
         num_done = 0
         for video_BTCHW, rows in loader:
-            latent_BTCHW = encode_tiled(autoencoder, video_BTCHW).float().cpu().numpy()
+            latent_BTCHW = encode_tiled(autoencoder, video_BTCHW, tiling).float().cpu().numpy()
             contexts = encoders.encode([with_fps(clips[row].caption, fps[row]) for row in rows])
             for row, latent_TCHW, context in zip(rows, latent_BTCHW, contexts, strict=True):
                 sample = LatentSample(

@@ -17,7 +17,7 @@ class AutoencoderLosses:
     perceptual: float = 0.0
     """LPIPS of each frame; needs `vgg_weights`. 1.0 in production."""
     vgg_weights: str = ""
-    """Local file of VGG16's weights as torchvision saves them, .pth or .safetensors; nothing is downloaded."""
+    """Local file of VGG16's weights as torchvision saves them (.pth, .safetensors): nothing is downloaded."""
     adversarial: float = 0.0
     """Of the discriminator's verdict, times the weight that levels both gradients. 0.1 in production."""
     adversarial_from_step: int = 0

@@ -135,7 +135,7 @@ class VideoRecipe(Recipe):
         super().__post_init__()
         if self.optim.kind != "adamw":
             raise ValueError(
-                f"{self.name}: optim.kind={self.optim.kind} is for autoencoders; transformers train with adamw"
+                f"{self.name}: optim.kind={self.optim.kind} is for autoencoders: set optim.kind=adamw"
             )
         heads, tensor = self.size.num_heads, self.layout.tensor
         if heads % tensor:

@@ -191,12 +191,12 @@ def test_a_video_and_a_folder_of_videos_are_cut(runs, tmp_path, no_pictures):
     assert [row["num_frames"] for row in metrics["rows"] if row["num_clips"]] == [8, 16]
 
 
-def evaluate_on_rank(run, against, manifest):
+def evaluate_on_rank(run, against, manifest, limit=200):
     """What rank 0 writes: metrics and pictures."""
     written = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, "_write", lambda output, *what: written.append(what))
-        evaluate_autoencoder(run, manifest, "", against=[against], seconds=(1,))
+        evaluate_autoencoder(run, manifest, "", against=[against], seconds=(1,), limit=limit)
     return written
 
 
@@ -219,6 +219,15 @@ def test_two_ranks_find_what_one_finds(manifest, runs):
         assert all(map(np.array_equal, one.panels, two.panels))
     for one, two in zip(found.dots, found_of_two.dots, strict=True):
         assert all(map(np.array_equal, (one.original, *one.rebuilt), (two.original, *two.rebuilt)))
+
+
+def test_more_ranks_than_clips_share_the_tiles_of_each(manifest, runs):
+    """Two clips, three ranks. Seen to catch: a rank without clips that leaves the others in their gather."""
+    ((metrics, _),) = evaluate_on_rank(*runs, manifest, 1)
+    ((shared, _),), *nothing = run_on_ranks(evaluate_on_rank, *runs, manifest, 1, world_size=3)
+    assert nothing == [[], []] and len(metrics["clips"]) == len(shared["clips"]) == 2 * 2
+    for one, three in zip(metrics["clips"], shared["clips"], strict=True):
+        assert three | {"coding_seconds": 0} == one | {"coding_seconds": 0}
 
 
 def test_a_size_without_whole_latents_is_refused_or_cropped_in_the_middle(

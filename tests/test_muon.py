@@ -34,7 +34,7 @@ def test_an_orthogonalised_matrix_keeps_its_directions_and_levels_their_sizes(sh
 
 
 def test_what_is_no_matrix_is_updated_as_adamw_does():
-    """Biases, norms, weights from three colours; over steps with a decay. Seen to catch: no bias correction."""
+    """Biases, norms, weights from three colours, with a decay. Seen to catch: no bias correction."""
     ours, theirs = network(), network()
     settings = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
     mine = Muon(ours.parameters(), **settings)

@@ -154,7 +154,16 @@ def test_two_ranks_train_the_weights_of_one(manifest, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     train_autoencoder(small_recipe(manifest, one, **changes))
     run_on_ranks(_train_on_a_rank, small_recipe(manifest, two, **changes), timeout_seconds=300)
-    compared = "loss l1 kl psnr_db grad_norm adversarial adversarial_weight discriminator".split()
+    compared = [
+        "loss",
+        "l1",
+        "kl",
+        "psnr_db",
+        "grad_norm",
+        "adversarial",
+        "adversarial_weight",
+        "discriminator",
+    ]
     for mine, theirs in zip(metrics(two)[0], metrics(one)[0], strict=True):
         for key in compared:
             name = f"train/{key}"
@@ -197,7 +206,7 @@ def test_the_discriminator_comes_in_at_its_step_and_learns(manifest, tmp_path):
     rows = metrics(tmp_path)[0]
     assert all("train/discriminator" not in row for row in rows[:2])
     # the weight shown is that of the next step: the first verdict has none, the second has it
-    for before, row in zip(rows[1:], rows[2:], strict=False):
+    for before, row in itertools.pairwise(rows[1:]):
         weight = 0.5 * before.get("train/adversarial_weight", 0.0)
         terms = row["train/l1"] + 1e-6 * row["train/kl"] + row["train/outlier"]
         assert row["train/loss"] == pytest.approx(terms + weight * row["train/adversarial"], rel=1e-4)

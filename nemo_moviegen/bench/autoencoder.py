@@ -5,7 +5,6 @@ parameters as ours within a twentieth; diffusers' models as they run by default,
 put 4 frames in a latent and ours 8: what is compared are pixel frames a second.
 """
 
-import os
 import resource
 import statistics
 import time
@@ -24,7 +23,7 @@ PRODUCTION = {
     "wan": {"base_dim": 96, "decoder_base_dim": 88},
     "cogvideox": {"block_out_channels": (96, 192, 192, 368), "norm_num_groups": 16},
 }
-"""114M parameters; frames that a CPU ends in seconds. 33 is what all three take: Wan 4k + 1, CogVideoX 8k + 1."""
+"""114M parameters; frames that a CPU ends in seconds. 33 suits all three: Wan 4k + 1, CogVideoX 8k + 1."""
 SMALL = {
     "frames": 33,
     "size_px": 256,
@@ -70,8 +69,9 @@ def bench_models(case, rounds=3) -> dict:
     """Each way once a round, in turns: {"rows": ..., "failed": {name: reason}} and what was encoded.
 
     A row: name, parameters, compression, latent_channels; medians over rounds of frames_per_second, that of
-    encoding and of decoding, and growth_mib, by how much resident memory exceeded at most what it was with
-    model and clip loaded; ratio, of frames a second to the first row's within a round.
+    encoding and of decoding alone, cpu_seconds_per_frame, which others on the machine move least, and
+    growth_mib, by how much resident memory exceeded at most what it was with model and clip loaded; ratio, of
+    frames a second to the first row's within a round.
     """
     makers = {
         STREAM: lambda: _ours(case, _tiling(frames=0)),
@@ -96,6 +96,7 @@ def bench_models(case, rounds=3) -> dict:
                 )
                 for what in ("encode", "decode")
             }
+            | {"cpu_seconds_per_frame": row["cpu_seconds_per_sample"] / case["frames"]}
             | {"growth_mib": statistics.median(one["growth_mib"] for one in counts)}
         )
     size = {name: case[name] for name in ("frames", "size_px")}
@@ -125,16 +126,17 @@ def models_table(title, found):
     """A rich table of what `bench_models` found."""
     size = f"{found['frames']} frames of {found['size_px']} px"
     made = _table(f"autoencoders, {title}: {size}, {found['rounds']} rounds", "way")
-    for heading in ("parameters", "compression", "frames/s", "encode", "decode", "peak MiB", "ratio"):
+    for heading in ("params", "latent", "frames/s", "encode", "decode", "CPU ms", "peak MiB", "ratio"):
         made.add_column(heading, justify="right")
     for row in found["rows"]:
         made.add_row(
             row["name"],
             f"{row['parameters'] / 1e6:.1f}M",
-            f"{row['compression']}, {row['latent_channels']} ch",
+            f"{row['compression']} x{row['latent_channels']}",
             f"{row['frames_per_second']:.2f}",
             f"{row['encode_frames_per_second']:.2f}",
             f"{row['decode_frames_per_second']:.2f}",
+            f"{row['cpu_seconds_per_frame'] * 1e3:,.0f}",
             f"{row['growth_mib']:,.0f}",
             f"{row['ratio']:.2f}",
         )

@@ -4,7 +4,8 @@
           -> metrics.json, side_by_side.mp4, latent_dots.png, report.html
 
 A clip is read, measured by every run and let go while the next one is read: memory does not grow with their
-number. Ranks that torchrun started share the clips, rank r takes r::n; rank 0 gathers and writes.
+number. Ranks that torchrun started share the clips, rank r takes r::n; where there are fewer clips than
+ranks, all work on each and share its tiles. Rank 0 gathers and writes.
 """
 
 import contextlib
@@ -74,12 +75,14 @@ def evaluate_autoencoder(
             for group in groups
             for clip, num_frames in zip(group.spans, group.num_frames, strict=True)
         ]
-        found, mine = Found(), range(rank, len(jobs), num_ranks)
+        shares = dist.group.WORLD if len(jobs) < num_ranks else None  # of the tiles of each clip
+        found, mine = Found(), range(len(jobs)) if shares else range(rank, len(jobs), num_ranks)
         videos = ahead((_read(*jobs[job][1:], bucket, crop) for job in mine), 1)
         for job, video_TCHW in zip(_tracked(mine, rank), videos, strict=True):
             name, clip, _ = jobs[job]
-            measure(found, job, name, clip, video_TCHW.to(device), runs, network, tiling)
-        found = _gathered(found, rank, num_ranks)
+            measure(found, job, name, clip, video_TCHW.to(device), runs, network, tiling, shares)
+        if shares is None:
+            found = _gathered(found, rank, num_ranks)
         if rank:
             return None
         settings = {
@@ -150,8 +153,9 @@ def _ranks():
     """(rank, number of ranks); joins torchrun's where this process is one of them and has not yet."""
     starts = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if starts:
-        # ranks meet once, at the end, where the others wait for the slowest
-        dist.init_process_group("gloo", timeout=timedelta(days=2))
+        # ranks that share clips meet once, at the end, where the others wait for the slowest
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=2))
     try:
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     finally:

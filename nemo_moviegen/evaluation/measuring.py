@@ -90,8 +90,10 @@ def load_runs(folders, device) -> list[Run]:
 
 
 @torch.inference_mode()
-def measure(found, job, group, clip, video_TCHW, runs, features, tiling):
+def measure(found, job, group, clip, video_TCHW, runs, features, tiling, shares=None):
     """Add to `found` what every run makes of the frames of one clip, all at the same ones.
+
+    `shares` is a process group whose ranks all call this and share the clip's tiles.
 
     ValueError names the run and the clip where the reconstruction is not finite.
     """
@@ -100,8 +102,8 @@ def measure(found, job, group, clip, video_TCHW, runs, features, tiling):
     found.add_moments((group, ""), Moments.of(features(video_TCHW)))
     for run in runs:
         started = _now(video_TCHW.device)
-        latent_BTCHW = encode_tiled(run.autoencoder, video_TCHW[None], tiling)
-        rebuilt_BTCHW = decode_tiled(run.autoencoder, latent_BTCHW, num_frames, tiling)
+        latent_BTCHW = encode_tiled(run.autoencoder, video_TCHW[None], tiling, shares)
+        rebuilt_BTCHW = decode_tiled(run.autoencoder, latent_BTCHW, num_frames, tiling, shares)
         coding_seconds = _now(video_TCHW.device) - started
         if not (latent_BTCHW.isfinite().all() and rebuilt_BTCHW.isfinite().all()):
             raise ValueError(
