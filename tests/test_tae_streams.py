@@ -165,8 +165,8 @@ def test_memory_of_a_stream_does_not_grow_with_the_clip(inflation):
     decoder, decoder_longer = (
         most_alive(lambda n=n: model.decode_stream(chunks(n, 1, 4, 1, 1))) for n in (20, 30)
     )
-    assert encoder_longer == encoder
-    assert decoder_longer == decoder
+    assert encoder_longer <= encoder
+    assert decoder_longer <= decoder
 
 
 def test_memory_of_a_stream_grows_with_the_frames_at_once_and_not_with_the_chunks():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, write_manifest
+from nemo_moviegen.data.clips import BIG_BUCK_BUNNY, read_manifest, write_manifest
 from nemo_moviegen.data.synthetic import write_moving_shapes
 from nemo_moviegen.recipe import (
     AutoencoderLosses,
@@ -295,6 +295,26 @@ def test_crops_are_a_function_of_sample_and_step_and_differ_between_samples(mani
     flat = replace(recipe.autoencoder, inflation="2D", temporal_compression=1)
     alone = TrainingClips(replace(recipe, autoencoder=flat), 0, 1).cropped(video, [0, 1], step=5)[0]
     assert len(set((alone[0, :, 0, 0, 0] % (32 * 32)).tolist())) > 4  # a place for each frame
+
+
+def test_clips_kept_in_memory_are_those_of_the_files_and_decoded_once(manifest, tmp_path, monkeypatch):
+    """Over three epochs, with a file that cannot be read. Seen to catch: a substitute under its own row."""
+    clips = [*read_manifest(manifest)]
+    spoilt = next(
+        number for number, clip in enumerate(clips) if clip.kind == "video" and clip.split == "train"
+    )
+    clips[spoilt] = replace(clips[spoilt], path=str(tmp_path / "gone.mp4"))
+    damaged = str(write_manifest(tmp_path / "manifest.parquet", clips))
+    recipe = small_recipe(damaged, tmp_path, num_steps=9)
+    streamed = list(TrainingClips(recipe, 0, 1))
+    keeps = TrainingClips(replace(recipe, data=replace(recipe.data, in_memory=True)), 0, 1)
+    decoded, real = [], keeps.loader
+    monkeypatch.setattr(
+        keeps, "loader", lambda clips, rows, size: decoded.extend(rows) or real(clips, rows, size)
+    )
+    for (video, ids), (kept, kept_ids) in zip(streamed, keeps, strict=True):
+        assert torch.equal(video, kept) and ids == kept_ids
+    assert len(decoded) == len(set(decoded)) == 8 + 8
 
 
 def test_a_video_file_is_cut_into_clips_of_the_bucket(tmp_path):

@@ -84,7 +84,7 @@ def bench_models(case, rounds=3) -> dict:
     measured, failed = measure(ways, rounds)
     own = f"{case['ours'].temporal_compression}x8x8"
     rows = []
-    for row in summarise(measured, STREAM, units=("frames",)) if STREAM in measured else []:
+    for row in summarise(measured, STREAM) if STREAM in measured else []:
         counts = [one.counts for one in measured[row["name"]]]
         rows.append(
             {name: row[name] for name in ("name", "frames_per_second", "ratio", "ratios")}

@@ -198,8 +198,7 @@ class ResBlock(nn.Module):
         waiting = Waiting()
         chunks = frame_by_frame(waiting.passing(chunks, self.shortcut), self.norm1.silu)
         chunks = frame_by_frame(self.conv1.stream(chunks, most), self.norm2.silu)
-        for h_BTHWC, is_last in self.conv2.stream(chunks, most):
-            yield waiting.take(h_BTHWC.shape[1]) + h_BTHWC, is_last
+        return frame_by_frame(self.conv2.stream(chunks, most), lambda h: waiting.take(h.shape[1]) + h)
 
 
 class Attention(nn.Module):

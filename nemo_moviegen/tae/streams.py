@@ -34,15 +34,18 @@ def marked(chunks: Iterable[Tensor]) -> Stream:
 
 def in_parts(chunk: Tensor, is_last: bool, most: int) -> Stream:
     """The chunk in parts of at most `most` frames: a layer that held frames back gives more at the end."""
-    parts = chunk.split(most, dim=1)
-    for number, part in enumerate(parts, start=1):
-        yield part, is_last and number == len(parts)
+    parts = deque(chunk.split(most, dim=1))
+    del chunk
+    while parts:
+        yield parts.popleft(), is_last and not parts
 
 
 def frame_by_frame(stream: Stream, function: Callable[[Tensor], Tensor]) -> Stream:
     """What looks at no other frame."""
     for chunk, is_last in stream:
-        yield function(chunk), is_last
+        made = [function(chunk)]
+        del chunk
+        yield made.pop(), is_last
 
 
 def windowed(stream: Stream, function, kernel: int, stride: int, most: int) -> Stream:
@@ -57,10 +60,15 @@ def windowed(stream: Stream, function, kernel: int, stride: int, most: int) -> S
         before = chunk[:, :1].expand(-1, pad, -1, -1, -1) if kept is None else kept
         after = chunk[:, -1:].expand(-1, pad + step - kernel if is_last else 0, -1, -1, -1)
         frames = torch.cat([before, chunk, after], dim=1)
+        del before, chunk, after
         ready = max(0, (frames.shape[1] - step) // stride + 1)
-        kept = frames[:, ready * stride :]
-        if ready:
-            yield from in_parts(function(frames[:, : (ready - 1) * stride + kernel]), is_last, most)
+        kept = frames[:, ready * stride :].clone()
+        for first in range(0, ready, most):
+            end = min(first + most, ready)
+            made = [function(frames[:, first * stride : (end - 1) * stride + kernel])]
+            if end == ready:
+                del frames
+            yield made.pop(), is_last and end == ready
 
 
 class Waiting:
@@ -73,7 +81,9 @@ class Waiting:
         """The stream itself; `shortcut` of what passes is kept."""
         for chunk, is_last in stream:
             self._chunks.append(shortcut(chunk))
-            yield chunk, is_last
+            made = [chunk]
+            del chunk
+            yield made.pop(), is_last
 
     def take(self, num_frames: int) -> Tensor:
         """The oldest frames that wait."""
