@@ -162,7 +162,7 @@ def encode_command(options):
         task=options.task,
         batch_size=options.batch,
         num_threads=options.threads,
-        tiling=_tiling(options),
+        tiling=_tiling(options, options.autoencoder),
         **shapes,
     )
     print(told(options.output, done))
@@ -199,28 +199,35 @@ def generate_command(options):
         guidance_scale=options.guidance,
         seed=options.seed,
         batch_size=options.batch,
-        tiling=_tiling(options),
+        tiling=_tiling(options, options.autoencoder),
     )
     print(*files, sep="\n")
 
 
 def bench_command(options):
-    """Measure the data engine on this machine."""
+    """Measure the data engine or the autoencoder on this machine."""
     from rich.console import Console
 
-    from nemo_moviegen.bench.loader import PARTS, bench_loader
+    from nemo_moviegen.bench import autoencoder, loader
     from nemo_moviegen.inputs import Bucket
 
+    known = {"loader": loader.PARTS, "tae": autoencoder.PARTS}[options.what]
+    parts, log = tuple(options.parts or known), Console(width=120).print
+    if unknown := [part for part in parts if part not in known]:
+        raise ValueError(f"bench {options.what} has no part {', '.join(unknown)}; use {', '.join(known)}")
+    if options.what == "tae":
+        autoencoder.bench_autoencoder(parts, rounds=options.rounds or 3, output=options.json, log=log)
+        return
     height_px, width_px = options.size
-    bench_loader(
-        options.parts or PARTS,
+    loader.bench_loader(
+        parts,
         videos=options.videos,
         bucket=Bucket(num_frames=options.frames, height_px=height_px, width_px=width_px, fps=options.fps),
         batch_size=options.batch,
-        rounds=options.rounds,
+        rounds=options.rounds or 5,
         num_samples=options.samples,
         output=options.json,
-        log=Console(width=110).print,
+        log=log,
     )
 
 
@@ -240,7 +247,7 @@ def evaluate_command(options):
         fps=options.fps,
         limit=options.limit,
         features=options.features,
-        tiling=_tiling(options),
+        tiling=_tiling(options, options.run_folder),
         fit=options.fit,
         seed=options.seed,
     )
@@ -294,13 +301,16 @@ def _say(error):
     print(f"moviegen: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
 
 
-def _tiling(options):
+def _tiling(options, autoencoder_folder):
     """Tiles as asked for, overlapping by half in time; ValueError for sizes that do not serve."""
-    from nemo_moviegen.tae.tiling import Tiling
+    from nemo_moviegen.recipe import RECIPE_FILE, read_recipe
+    from nemo_moviegen.tae.tiling import Tiling, trained_frames
 
     frames, size_px = options.tile_frames, options.tile_px
-    shared_px = min(64, size_px // 4 // 8 * 8)
-    shared_frames = frames // 2 // 8 * 8
+    file = Path(autoencoder_folder, RECIPE_FILE)
+    if frames is None:
+        frames = trained_frames(read_recipe(file)) if file.is_file() else Tiling().frames
+    shared_frames, shared_px = frames // 2 // 8 * 8, min(64, size_px // 4 // 8 * 8)
     return Tiling(frames=frames, overlap_frames=shared_frames, size_px=size_px, overlap_px=shared_px)
 
 

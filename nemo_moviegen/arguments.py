@@ -153,15 +153,23 @@ def _parser():
     add("--seed", type=int, default=0, help="which clips are drawn (%(default)s)")
     _add_tiles(add)
 
-    add = command("bench", "measure the data engine: ways to do the same work, in turns, with their ratios")
-    add("what", choices=("loader",), help="loader: decoding, reading latents, memory, time to a first batch")
-    add("--parts", nargs="+", choices=("decode", "latents", "memory", "start"), help="some only (all)")
+    add = command("bench", "measure ways to do the same work, in turns, with their ratios")
+    add(
+        "what",
+        choices=("loader", "tae"),
+        help="loader: decoding, reading latents, memory, first batch; tae: our autoencoder and diffusers'",
+    )
+    add(
+        "--parts",
+        nargs="+",
+        help="some only (all): of loader decode, latents, memory, start; of tae production, small, long",
+    )
     add("--videos", help="folder of videos to decode; default: renders VP9 and H.264 of real film itself")
     add("--frames", type=int, default=64, help="frames of a clip (%(default)s)")
     add("--size", type=_frame_size, default=(256, 256), metavar="HxW", help="in pixels (256x256)")
     add("--fps", type=float, default=16, help="frames a second of a clip (%(default)s)")
     add("--batch", type=int, default=4, help="clips of a batch (%(default)s)")
-    add("--rounds", type=int, default=5, help="rounds, each way once in each (%(default)s)")
+    add("--rounds", type=int, help="rounds, each way once in each (loader 5, tae 3)")
     add("--samples", type=int, default=10_000, help="samples while memory is watched (%(default)s)")
     add("--json", help="file for all figures, with the machine's")
 
@@ -173,7 +181,11 @@ def _parser():
 
 def _add_tiles(add):
     """How long and large clips go through the autoencoder: `tae.tiling.Tiling`."""
-    add("--tile-frames", type=int, default=32, help="tiles in time; 0 = one stream, no seams (%(default)s)")
+    add(
+        "--tile-frames",
+        type=int,
+        help="tiles in time (32, or the clips trained on); 0 = one stream, no seams",
+    )
     add("--tile-px", type=int, default=0, help="tiles in space, for little memory; 0 = none (%(default)s)")
 
 

@@ -8,7 +8,7 @@ array takes every N-th shard; one that is there, made from the same clips with t
 is. So a job that is killed anywhere goes on where it was, with any number of tasks, and loses at most the
 shards under way. Who finds all shards there writes the index over them, last of all.
 
-The autoencoder sees four frames at a time, so only the frames themselves grow with a clip: one batch under
+The autoencoder sees two frames at a time, so only the frames themselves grow with a clip: one batch under
 way and those the loader has ready. Of 256 frames at 768 px, 1.8 GB, a task was measured to hold 7.4 GB at
 most, with a stand-in for the autoencoder.
 

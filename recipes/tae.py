@@ -130,23 +130,27 @@ def tiny() -> TaeRecipe:
 
 
 def small() -> TaeRecipe:
-    """Temporal autoencoder (s3.1.1) overfitted to five seconds of Big Buck Bunny at 256 px, no penalty."""
+    """Temporal autoencoder (s3.1.1) overfitted to five seconds of Big Buck Bunny at 256 px, no penalty.
+
+    Clips are as long as the tiles it is used in. Trained on 16 frames it rebuilt the film with 28.0 dB in
+    tiles of 16 frames, 25.1 in tiles of 32 and 24.1 in one stream; crops of 64 px cost nothing.
+    """
     return TaeRecipe(
         name="tae.small",
         cluster="cpu_2",
         autoencoder=_TINY,
         data=ClipData(
             manifest=str(BIG_BUCK_BUNNY),
-            bucket=Bucket(num_frames=16, height_px=256, width_px=256, fps=25),
+            bucket=Bucket(num_frames=32, height_px=256, width_px=256, fps=25),
             crop_px=64,
-            crops=2,
             in_memory=True,
         ),
         loss=AutoencoderLosses(squared_error_steps=1_000_000, outlier=0.0),
         optim=_MUON,
         global_batch=2,
         micro_batch=1,
-        num_steps=3000,
+        image_batch=8,
+        num_steps=2500,
         precision="fp32",
         output="out/tae/small",
         save_every=250,

@@ -59,8 +59,3 @@ def test_a_way_that_fails_is_told_in_the_table(monkeypatch):
     assert set(found["failed"]) == {bench.WAN, bench.COGVIDEOX}
     assert "diffusers" in found["failed"][bench.WAN] and len(found["rows"]) == 3
     assert bench.models_table("tiny", found).row_count == 5
-
-
-def test_an_unknown_part_is_refused():
-    with pytest.raises(ValueError, match="no part decode; use production, small, long"):
-        bench.bench_autoencoder(["decode"])

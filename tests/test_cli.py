@@ -112,6 +112,7 @@ def test_count_takes_a_recipe_and_a_recipe_file(capsys, tmp_path):
         (["recipes", "nowhere.yaml"], "nowhere.yaml"),
         (["count", "video_30"], "did you mean 'video_30b'"),
         (["count", "tae.tiny"], "trains an autoencoder"),
+        (["bench", "tae", "--parts", "decode"], "no part decode; use production, small, long"),
         (["count", "video_30b", "--latent", "33x96x96"], "33 positions, video_30b has 32"),
         (["train", "tini.t2i"], "no recipe 'tini.t2i'; did you mean 'tiny.t2i'"),
         (["train", "tiny.t2i", "context=2"], "did you mean 'layout.context'"),

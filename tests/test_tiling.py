@@ -2,6 +2,7 @@
 them and nowhere else, memory that stays."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from autoencoders import (
     small,
 )
 
-from nemo_moviegen.tae.tiling import Tiling, decode_frames, decode_tiled, encode_tiled
+import recipes
+from nemo_moviegen.tae.model import FRAMES_AT_ONCE
+from nemo_moviegen.tae.tiling import Tiling, decode_frames, decode_tiled, encode_tiled, trained_frames
 
 WHOLE = Tiling(frames=0)
 
@@ -288,7 +291,7 @@ def test_memory_of_the_encoder_does_not_grow_with_the_clip():
         encode_tiled(Watched(1, 1), clip)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    chunk_bytes = 4 * 3 * 32 * 32 * 4
+    chunk_bytes = FRAMES_AT_ONCE * 3 * 32 * 32 * 4
     # Twice: what the stand-in holds of a chunk lives until it has that of the next.
     assert 20 * chunk_bytes < peaks[0] < 22 * chunk_bytes and peaks[1] < 1.1 * peaks[0]
 
@@ -348,6 +351,14 @@ def test_tiles_that_are_no_latents_or_meet_in_threes_are_refused(sizes, says):
     """Seen to catch: parts of a latent; overlaps of up to a whole tile."""
     with pytest.raises(ValueError, match=says):
         Tiling(**sizes)
+
+
+@pytest.mark.parametrize(("num_frames", "tile"), [(1, 8), (16, 16), (17, 24), (32, 32), (256, 32)])
+def test_tiles_are_as_long_as_the_clips_trained_on_and_never_longer_than_the_paper_s(num_frames, tile):
+    """Seen to catch: 32 whatever the recipe says."""
+    recipe = recipes.get("tae.tiny")
+    bucket = replace(recipe.data.bucket, num_frames=num_frames)
+    assert trained_frames(replace(recipe, data=replace(recipe.data, bucket=bucket))) == tile
 
 
 def test_a_length_the_latents_do_not_hold_is_refused_before_any_tile():

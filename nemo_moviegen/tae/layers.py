@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemo_moviegen.tae.streams import Waiting, frame_by_frame, windowed
+from nemo_moviegen.tae.streams import Waiting, finer, frame_by_frame, windowed
 
 ATTENTION_REACH = 3
 """Latent frames before and after its own that temporal attention sees: those a tile of four can hold, which
@@ -174,6 +174,7 @@ class Upsample(nn.Module):
 
     def stream(self, chunks, most):
         frames = self.temporal_stride
+        chunks = finer(chunks, max(1, most // frames))  # what is doubled has `most` frames again
         if self.conv.whole:
             return self.conv.stream(frame_by_frame(chunks, lambda x: repeated(wider(x), frames)), most)
         chunks = frame_by_frame(chunks, lambda x: repeated(self.conv.valid_2d(wider(x)), frames))

@@ -37,8 +37,8 @@ from nemo_moviegen.tae.streams import frame_by_frame, in_parts, marked
 
 COMPRESSION = 8
 """Rows and columns of pixels in one latent; frames: `AutoencoderSize.temporal_compression`."""
-FRAMES_AT_ONCE = 4
-"""Of a stream, at every level: fewer are slower, more take more memory."""
+FRAMES_AT_ONCE = 2
+"""Of a stream, at every level. On a CPU two are as fast as four and take an eighth less memory."""
 
 
 class Posterior(NamedTuple):

@@ -8,7 +8,8 @@ memory grows with the chunk and not with the clip:
     kept               2 3       6 7
     out      0 1 2   | 3 4 5 6 | 7 8 9           a convolution over three frames; the ends are replicated
 
-Chunks may have any number of frames, but a stream has one at least, and its last chunk is not empty.
+Chunks may have any number of frames, but a stream has one at least, and its last chunk is not empty. A
+generator that waits keeps what its names stand for: so each lets go of a chunk before it hands one on.
 """
 
 from collections import deque
@@ -38,6 +39,14 @@ def in_parts(chunk: Tensor, is_last: bool, most: int) -> Stream:
     del chunk
     while parts:
         yield parts.popleft(), is_last and not parts
+
+
+def finer(stream: Stream, most: int) -> Stream:
+    """The stream in chunks of at most `most` frames."""
+    for chunk, is_last in stream:
+        parts = in_parts(chunk, is_last, most)
+        del chunk
+        yield from parts
 
 
 def frame_by_frame(stream: Stream, function: Callable[[Tensor], Tensor]) -> Stream:

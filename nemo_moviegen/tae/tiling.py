@@ -25,13 +25,16 @@ from torch import Tensor
 from nemo_moviegen.tae.model import COMPRESSION, FRAMES_AT_ONCE, check_shape, check_values
 from nemo_moviegen.windows import blend_weights, windows
 
+TILE_FRAMES = 32
+"""Raw frames of a tile (s3.1.1)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
     """Sizes of tiles and of what they share with the next; frames and pixels, not latents."""
 
-    frames: int = 32
-    """Raw frames of a tile (s3.1.1); 0 = one stream over the whole clip."""
+    frames: int = TILE_FRAMES
+    """Raw frames of a tile; 0 = one stream over the whole clip."""
     overlap_frames: int = 16
     """Of the decoder's tiles (s3.1.1); the encoder's have none."""
     size_px: int = 0
@@ -54,6 +57,17 @@ class Tiling:
                     f"tiling.{overlap} {shared} is over half of tiling.{size} {whole}: three tiles would "
                     f"meet; use {whole // 2 // COMPRESSION * COMPRESSION} at most"
                 )
+
+
+def trained_frames(recipe) -> int:
+    """Frames of a tile for the autoencoder of a recipe: the paper's 32, or its clips' where they are shorter.
+
+    In tiles longer than it was trained on an autoencoder rebuilds worse (recipes/tae.py has figures).
+    """
+    bucket = getattr(recipe.data, "bucket", None)
+    if bucket is None:
+        return TILE_FRAMES
+    return min(TILE_FRAMES, -(-bucket.num_frames // COMPRESSION) * COMPRESSION)
 
 
 @torch.no_grad()
