@@ -102,7 +102,7 @@ def tiny_image() -> TaeRecipe:
         optim=_MUON,
         global_batch=16,
         micro_batch=8,
-        num_steps=300,
+        num_steps=200,
         precision="fp32",
         output="out/demo/tae_image",
         save_every=100,

@@ -26,7 +26,7 @@ PRODUCTION = {
 """114M parameters; frames that a CPU ends in seconds. 33 suits all three: Wan 4k + 1, CogVideoX 8k + 1."""
 SMALL = {
     "frames": 33,
-    "size_px": 256,
+    "size_px": 128,
     "ours": AutoencoderSize(base_width=32),
     "wan": {"base_dim": 20, "decoder_base_dim": 24},
     "cogvideox": {"block_out_channels": (24, 48, 48, 88), "norm_num_groups": 8},
