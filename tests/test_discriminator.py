@@ -223,3 +223,17 @@ def test_adaptive_weight_makes_both_losses_pull_equally():
     weight = adaptive_weight(*gradients)
     pulls = [torch.cat([g.flatten() for g in gradient]).norm().item() for gradient in gradients]
     assert weight.item() * pulls[1] == pytest.approx(pulls[0], rel=1e-3)
+
+
+def test_gradients_under_autocast_are_numbers():
+    """Seen to catch: the 3D discriminator in bfloat16 on a CPU, whose gradient holds what lay in memory."""
+    torch.manual_seed(0)
+    judge = Discriminator(4, 2, frames=True, clips=True)
+    video = torch.rand(2, 8, 3, 32, 32) * 2 - 1
+    for _ in range(6):
+        del_me = [torch.full((n,), float("nan")) for n in range(1000, 300_000, 10_000)]
+        del del_me  # what torch gets next is full of NaN
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = hinge_discriminator_loss(judge(video), judge(video / 2))
+        for gradient in torch.autograd.grad(loss, list(judge.parameters())):
+            assert gradient.isfinite().all()

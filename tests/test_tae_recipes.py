@@ -62,7 +62,7 @@ def test_settings_that_do_not_serve_are_refused_with_what_to_change(settings, sa
 
 
 def test_a_transformer_trains_with_adamw():
-    with pytest.raises(ValueError, match="set optim.kind=adamw"):
+    with pytest.raises(ValueError, match=r"set optim\.kind=adamw"):
         override(recipes.get("tiny.t2i"), ["optim.kind=muon"])
 
 

@@ -191,6 +191,16 @@ def test_micro_batches_do_not_change_a_step(manifest, tmp_path):
                 assert b[key] == pytest.approx(value, rel=1e-9, abs=1e-15), key
 
 
+def test_bfloat16_trains_nearly_as_float32(manifest, tmp_path):
+    """With discriminators. Seen to catch: losses summed up in bfloat16."""
+    changes = {"num_steps": 4, "loss": ADVERSARIAL, "discriminator": SMALL_DISCRIMINATOR}
+    for precision in ("bf16", "fp32"):
+        train_autoencoder(small_recipe(manifest, tmp_path / precision, precision=precision, **changes))
+    for half, full in zip(*(metrics(tmp_path / name)[0] for name in ("bf16", "fp32")), strict=True):
+        for key in sorted(key for key in full if key in ("train/l1", "train/kl", "train/psnr_db")):
+            assert half[key] == pytest.approx(full[key], rel=0.03), (full["step"], key)
+
+
 def test_the_discriminator_comes_in_at_its_step_and_learns(manifest, tmp_path):
     """What it judges hardly changes here. Seen to catch: its parameters trained to please instead."""
     recipe = small_recipe(

@@ -118,7 +118,7 @@ def latent_dots(frames, names, path) -> Path:
         one.set_title(shortened(title, 30, len), fontsize=9)
     bar = figure.colorbar(image, ax=axes[:, -1], fraction=0.08, pad=0.04)
     bar.ax.axhline(3, color="white", linewidth=1.5)
-    bar.set_label("distance from the frame's mean, in deviations (line: 3)", fontsize=8)
+    bar.set_label("deviations from the frame's mean (line: 3)", fontsize=8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from nemo_moviegen.tae.layers import float32_on_cpu
+
 
 class PatchDiscriminator(nn.Module):
     """One logit a patch, high where the patch looks real; of each frame alone, or of clips if `temporal`."""
@@ -66,7 +68,8 @@ class PatchDiscriminator(nn.Module):
                 f"{self.smallest_px} px or more: train on a larger bucket, or give it fewer levels"
             )
         if self.temporal:
-            return self.layers(video_BTCHW.transpose(1, 2)).squeeze(1)
+            with float32_on_cpu(video_BTCHW):
+                return self.layers(video_BTCHW.transpose(1, 2)).squeeze(1)
         return self.layers(video_BTCHW.flatten(0, 1)).squeeze(1).unflatten(0, video_BTCHW.shape[:2])
 
 

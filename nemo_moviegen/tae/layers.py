@@ -6,6 +6,8 @@ times faster on a CPU than conv3d over BCTHW. Every layer has `forward`, of a wh
 its chunks (streams.py): the same numbers, and at most `most` frames of each layer alive at once.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,7 +56,9 @@ class SpaceTimeConv(nn.Module):
 
     def valid_3d(self, x_BTHWC):
         """Without padding in time: kernel - 1 frames fewer."""
-        y_BCTHW = self.space(self._uneven(x_BTHWC).permute(0, 4, 1, 2, 3))
+        with float32_on_cpu(x_BTHWC):
+            x_BTHWC = x_BTHWC.to(self.space.weight.dtype) if x_BTHWC.device.type == "cpu" else x_BTHWC
+            y_BCTHW = self.space(self._uneven(x_BTHWC).permute(0, 4, 1, 2, 3))
         return y_BCTHW.permute(0, 2, 3, 4, 1)
 
     def _uneven(self, x_BTHWC):
@@ -270,6 +274,13 @@ def conv2d(conv: nn.Conv2d, x_BTHWC: Tensor) -> Tensor:
     """`conv` of every frame, without leaving the BTHWC layout."""
     y = conv(x_BTHWC.flatten(0, 1).permute(0, 3, 1, 2))
     return y.permute(0, 2, 3, 1).unflatten(0, x_BTHWC.shape[:2])
+
+
+def float32_on_cpu(x: Tensor):
+    """For 3D convolutions under autocast: torch 2.13's gradient of their weights in bfloat16 reads, on a CPU
+    and with few channels, memory that nobody wrote, so now and then it is NaN.
+    """
+    return torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else contextlib.nullcontext()
 
 
 def replicated(x_BTHWC: Tensor, pad: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemo_moviegen.flow import draw_noise
 from nemo_moviegen.tae.losses import kl_loss, l1_loss, outlier_penalty, squared_error
+from nemo_moviegen.tae.model import Posterior
 
 ALWAYS = ("loss", "l1", "squared_error", "kl", "outlier")
 """Losses of every step, by name; perceptual, adversarial and discriminator come where they are on."""
@@ -35,12 +36,13 @@ def reconstruct(recipe, autoencoder, video_BTCHW, sample_ids, step, perceptual=N
 
     `perceptual` is a `tae.perceptual.PerceptualLoss` where `recipe.loss.perceptual` is on.
     """
-    weights = recipe.loss
-    posterior = autoencoder.encode(video_BTCHW)
+    weights, dtype = recipe.loss, video_BTCHW.dtype
+    # under autocast both come in bfloat16, whose sums over a clip have two digits
+    posterior = Posterior(*(part.to(dtype) for part in autoencoder.encode(video_BTCHW)))
     mean_BTCHW = posterior.mean_BTCHW
     noise_BTCHW = draw_noise(mean_BTCHW.shape[1:], recipe.seed, sample_ids, [step] * len(sample_ids))
     latent_BTCHW = posterior.sample(noise_BTCHW.to(mean_BTCHW))
-    rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1])
+    rebuilt_BTCHW = autoencoder.decode(latent_BTCHW, num_frames=video_BTCHW.shape[1]).to(dtype)
     found = {
         "l1": l1_loss(rebuilt_BTCHW, video_BTCHW),
         "squared_error": squared_error(rebuilt_BTCHW, video_BTCHW),
