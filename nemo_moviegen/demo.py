@@ -14,11 +14,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemo_moviegen.report_charts import AUTOENCODER_REPORT
 from nemo_moviegen.watch import run_watched
 
 STAGES_FILE = "stages.json"
 PROMPTS_FILE = "prompts.txt"
 NUM_CLIPS, NUM_HELDOUT = 600, 24
+NUM_MEASURED = 12
+"""Held-out clips, and images, that the autoencoder and the image autoencoder rebuild for the comparison."""
 NUM_SEEN_PROMPTS, NUM_HELDOUT_PROMPTS = 4, 2
 
 
@@ -93,11 +96,14 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     generate = ("generate", out / "t2iv", "--prompts-file", out / PROMPTS_FILE, "--output", out / "generated")
     generate += ("--autoencoder", out / "tae", "--encoders", encoders, "--latents", latents)
     generate += ("--frames", frames, "--size", size, "--fps", fps)
+    evaluate = ("evaluate", "tae", out / "tae", manifest, "--against", out / "tae_image", "--seconds", 1)
+    evaluate += ("--limit", NUM_MEASURED, "--output", out / AUTOENCODER_REPORT.parent)
     report = out / "report.html"
     return [
         _stage("clips", (shapes, curate), videos, clips),
         _stage("image autoencoder", (tae_image_train,), out / "tae_image", resumes=True),
         _stage("autoencoder", (tae_train,), out / "tae", resumes=True),
+        _stage("autoencoder measured", (evaluate,), out / AUTOENCODER_REPORT.parent),
         _stage("latents", (encode,), encoders, latents, heldout_folder(latents)),
         _stage("images", (t2i_train,), out / "t2i", resumes=True),
         _stage("images and video", (t2iv_train,), out / "t2iv", resumes=True),

@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
-from nemo_moviegen.report_charts import LABELS, curves_svg, read_metrics, series
+from nemo_moviegen.report_charts import AUTOENCODER_REPORT, LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
 
 RUNS = {
@@ -58,6 +58,7 @@ def write_report(demo_folder, output_html) -> Path:
         "stages": stage_rows(stages),
         "stages_note": f"The demo ran at scale {stages['scale']:g}." if "scale" in stages else "",
         "charts": charts(metrics),
+        "autoencoder_report": AUTOENCODER_REPORT.as_posix() if (demo / AUTOENCODER_REPORT).is_file() else "",
         "runs": [run_row(run, rows, recipes[run]) for run, rows in metrics.items() if rows],
         "machine": machine().items(),
         "recipes": [{"name": n, "text": p.read_text()} for n, p in recipes.items() if p.is_file()],

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from nemo_moviegen.recipe import METRICS_FILE
 
+AUTOENCODER_REPORT = Path("autoencoder", "report.html")
+"""In the folder of a demo: what its autoencoders rebuild."""
 LABELS = {
     "loss": "squared velocity error",
     "l1": "L1 error (range -1 to 1)",

@@ -202,5 +202,5 @@ def test_a_small_demo_runs_from_raw_video_to_the_report(tmp_path):
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 7
+    assert again.stdout.count("done before") == 9
     assert json.loads((tmp_path / "stages.json").read_text())["stages"] == written
