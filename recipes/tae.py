@@ -160,8 +160,8 @@ def small() -> TaeRecipe:
 def small_opl() -> TaeRecipe:
     """Outlier penalty (s3.1.1, eq. 1) as the paper adds it, at small size: more steps of `tae.small` with it.
 
-    `loss.outlier=0` gives the run to compare with. Latents of `tae.small` end 2.95 deviations from the mean, so
-    r is 2 here: at the paper's 3 there is nothing to do. A weight of 1 took half a decibel, 0.05 nothing.
+    `loss.outlier=0` gives the run to compare with. Latents of `tae.small` end 2.95 deviations from the mean:
+    r is 2 here, at 3 there is nothing to do. A weight of 1 took half a decibel, one of 0.05 nothing.
     """
     before = small()
     return replace(

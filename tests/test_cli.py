@@ -223,7 +223,7 @@ def test_shapes_and_cut_write_one_manifest(capsys, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_that_the_ranks_find_is_said_once(tmp_path):
     (tmp_path / "junk.parquet").write_text("no parquet")
-    settings = ["data.manifest=junk.parquet", "output=run", "num_steps=1"]
+    settings = ["data.manifest=junk.parquet", "init_from=", "output=run", "num_steps=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*MOVIEGEN, "train", "tae.tiny", *settings], capture_output=True, text=True, env=environment
