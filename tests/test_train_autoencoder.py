@@ -275,6 +275,16 @@ def test_a_finetune_takes_the_discriminator_along(manifest, tmp_path):
             assert torch.equal(value, saved[part][name]), name
 
 
+def test_a_run_of_another_temporal_compression_is_refused_as_a_start(manifest, tmp_path):
+    """The weights have the same shapes. Seen to catch: they were taken."""
+    small = small_recipe(manifest, tmp_path).autoencoder
+    four = small_recipe(manifest, tmp_path, autoencoder=replace(small, temporal_compression=4), num_steps=1)
+    train_autoencoder(four)
+    module = AutoencoderModule(small_recipe(manifest, tmp_path), 1)
+    with pytest.raises(ValueError, match=r"4 frames in a latent, this run 8: .*set autoencoder\.temporal_compression=4"):
+        start_from(module, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

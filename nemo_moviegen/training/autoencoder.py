@@ -71,7 +71,8 @@ def start_from(module, folder, talks=True):
     if is_diffusers_folder(folder):
         state, fresh = {}, load_weights(module.autoencoder, read_diffusers(folder), str(folder))
     else:
-        _, state = _read_run(folder)
+        before, state = _read_run(folder)
+        _check_compression(before.autoencoder, module.recipe.autoencoder, folder)
         fresh = load_weights(module.autoencoder, _trained(state), str(folder))
     theirs, ours = state.get("discriminator"), module.discriminator
     if ours is not None and theirs is not None:
@@ -81,6 +82,16 @@ def start_from(module, folder, talks=True):
     if talks:
         what = f", inflated: {len(fresh)} tensors over time are fresh" if fresh else ""
         print(f"{module.recipe.name}: weights of {folder}{what}", flush=True)
+
+
+def _check_compression(theirs, ours, folder):
+    """What the shapes of weights do not tell: a 2D one has none, and may become any."""
+    if theirs.inflation != "2D" and theirs.temporal_compression != ours.temporal_compression:
+        raise ValueError(
+            f"{folder} puts {theirs.temporal_compression} frames in a latent, this run "
+            f"{ours.temporal_compression}: start from a 2D autoencoder, or set "
+            f"autoencoder.temporal_compression={theirs.temporal_compression}"
+        )
 
 
 def _read_run(folder):
@@ -98,7 +109,7 @@ def _read_run(folder):
 
 
 def _trained(state):
-    return state.get("average", state["autoencoder"])
+    return state["average" if "average" in state else "autoencoder"]
 
 
 def _own_state(recipe):
