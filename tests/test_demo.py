@@ -190,7 +190,7 @@ def test_a_small_demo_runs_from_raw_video_to_the_report(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     written = json.loads((tmp_path / "stages.json").read_text())["stages"]
-    assert [stage["finished"] for stage in written] == [True] * 7
+    assert [stage["finished"] for stage in written] == [True] * 9
     assert max(stage["peak_bytes"] for stage in written) < 8 << 30
     settings = json.loads((tmp_path / "generated" / "settings.json").read_text())
     assert len(settings["samples"]) == NUM_SEEN_PROMPTS + NUM_HELDOUT_PROMPTS

@@ -281,7 +281,9 @@ def test_a_run_of_another_temporal_compression_is_refused_as_a_start(manifest, t
     four = small_recipe(manifest, tmp_path, autoencoder=replace(small, temporal_compression=4), num_steps=1)
     train_autoencoder(four)
     module = AutoencoderModule(small_recipe(manifest, tmp_path), 1)
-    with pytest.raises(ValueError, match=r"4 frames in a latent, this run 8: .*set autoencoder\.temporal_compression=4"):
+    with pytest.raises(
+        ValueError, match=r"4 frames in a latent, this run 8: .*set autoencoder\.temporal_compression=4"
+    ):
         start_from(module, tmp_path)
 
 

@@ -56,9 +56,12 @@ class SpaceTimeConv(nn.Module):
 
     def valid_3d(self, x_BTHWC):
         """Without padding in time: kernel - 1 frames fewer."""
-        with float32_on_cpu(x_BTHWC):
-            x_BTHWC = x_BTHWC.to(self.space.weight.dtype) if x_BTHWC.device.type == "cpu" else x_BTHWC
-            y_BCTHW = self.space(self._uneven(x_BTHWC).permute(0, 4, 1, 2, 3))
+        x_BCTHW = self._uneven(x_BTHWC).permute(0, 4, 1, 2, 3)
+        if x_BCTHW.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            with float32_on_cpu(x_BCTHW):
+                y_BCTHW = self.space(x_BCTHW.float()).to(torch.get_autocast_dtype("cpu"))
+        else:
+            y_BCTHW = self.space(x_BCTHW)
         return y_BCTHW.permute(0, 2, 3, 4, 1)
 
     def _uneven(self, x_BTHWC):
