@@ -281,5 +281,7 @@ def test_the_latent_an_autoencoder_draws_belongs_to_sample_and_step():
         both = float(reconstruct(run, autoencoder, video, [70, 80], 4).losses["l1"])
     assert both == pytest.approx((first + second) / 2, rel=1e-12)
     assert l1([0], 5) != [first]
-    same_picture = [float(reconstruct(run, autoencoder, video[:1], [i], 4).losses["l1"]) for i in (70, 71)]
+    same_picture = [
+        float(reconstruct(run, autoencoder, video[:1], [i], 4).losses["l1"].detach()) for i in (70, 71)
+    ]
     assert same_picture[0] == first != same_picture[1]
