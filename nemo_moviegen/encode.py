@@ -221,7 +221,7 @@ def _check_task(task, batch_size, samples_per_shard):
 
 
 def _check_plan(manifests, plan):
-    from nemo_moviegen.tae.model import COMPRESSION
+    from nemo_moviegen.tae.checks import COMPRESSION
 
     if not any(shard.split == "train" for shard in plan.shards):
         why = "".join(f"; {count} refused: {reason}" for reason, count in plan.refusals.items())

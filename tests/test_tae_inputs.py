@@ -9,7 +9,8 @@ from autoencoders import small
 
 import nemo_moviegen.recipe
 from nemo_moviegen.sizes import AutoencoderSize
-from nemo_moviegen.tae.model import TemporalAutoencoder, check_video
+from nemo_moviegen.tae.checks import check_video
+from nemo_moviegen.tae.model import TemporalAutoencoder
 
 NAN = math.nan
 

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_moviegen.tae.model import COMPRESSION, FRAMES_AT_ONCE, check_shape, check_values
+from nemo_moviegen.tae.checks import COMPRESSION, check_shape, check_values
+from nemo_moviegen.tae.model import FRAMES_AT_ONCE
 from nemo_moviegen.windows import blend_weights, windows
 
 TILE_FRAMES = 32
