@@ -111,21 +111,18 @@ def tiny_image() -> TaeRecipe:
 
 def tiny() -> TaeRecipe:
     """Temporal autoencoder (s3.1.1) at toy size: 64 px, 16 frames -> 2x8x8 latents of 16 channels."""
-    return TaeRecipe(
+    image = tiny_image()
+    return replace(
+        image,
         name="tae.tiny",
-        cluster="cpu_2",
         autoencoder=_TINY,
-        data=ClipData(manifest="out/demo/clips/manifest.parquet", bucket=MOVING_SHAPES),
-        loss=AutoencoderLosses(squared_error_steps=1_000_000, kl=1e-5, outlier=1.0),
-        optim=_MUON,
+        data=replace(image.data, image_every=4),
         global_batch=4,
         micro_batch=2,
         image_batch=16,
         num_steps=600,
-        init_from="out/demo/tae_image",
-        precision="fp32",
+        init_from=image.output,
         output="out/demo/tae",
-        save_every=100,
     )
 
 
