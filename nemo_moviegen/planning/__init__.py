@@ -1,0 +1,1 @@
+"""What a run will take before it is started: memory, time, the best layout. Plain numbers, no torch."""

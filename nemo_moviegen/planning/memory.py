@@ -1,0 +1,116 @@
+"""Bytes of one rank, component by component, and their peak."""
+
+from dataclasses import dataclass
+
+from nemo_moviegen.planning import activations
+from nemo_moviegen.planning.share import Share
+from nemo_moviegen.planning.weights import held_by_tensor_rank, in_layers
+
+GIB = 2**30
+PREFETCHED = 500_000_000
+"""Parameters that Megatron FSDP gathers ahead of the layer at work (megatron-core 0.15.3's default)."""
+UNSENT = 1_000_000_000
+"""Gradients that it lets wait for their reduce-scatter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of a rank by component; `peak_bytes` is what `torch.cuda.max_memory_allocated` reports of a run,
+    `device_bytes` what the GPU holds then."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    ema: float
+    batch: float
+    """Latents, noise and text of a micro-batch."""
+    activations: float
+    """What all layers keep for the backward pass."""
+    working: float
+    """On top of it while one layer is computed backward: what is made again, gradients, gathered weights."""
+    head: float
+    optimizer_step: float
+    """Working memory of the optimiser's step; activations are gone by then."""
+    nccl: float
+    """Outside of torch's allocator, as the next one."""
+    context: float
+    """Of CUDA, cuDNN and cuBLAS."""
+
+    @property
+    def states_bytes(self) -> float:
+        """What stays from step to step."""
+        return self.parameters + self.gradients + self.optimizer + self.ema
+
+    @property
+    def peak_bytes(self) -> float:
+        """Most that is allocated at once in a step."""
+        backward = self.activations + self.working + self.head + self.batch
+        return self.states_bytes + max(backward, self.optimizer_step)
+
+    @property
+    def device_bytes(self) -> float:
+        """With what torch's allocator does not count."""
+        return self.peak_bytes + self.nccl + self.context
+
+
+def memory_of(share: Share, *, ema=False) -> Memory:
+    """What one rank needs to train on its `Share` of a step."""
+    held = sum(held_by_tensor_rank(share.size, share.layout.tensor).values())
+    is_full = share.layout.sharding == "full"
+    pieces = share.state_pieces
+    kept = activations.kept(share)
+    main = _main_bytes(share)
+    sharded, moments = (pieces if is_full else 1), 2 * main
+    copied = main if share.number_bytes == 2 else 0  # full-precision weights beside those that compute
+    return Memory(
+        parameters=held * share.number_bytes / sharded,
+        gradients=held * main / sharded,
+        optimizer=held * (moments + copied) / pieces,
+        ema=held * main / pieces if ema else 0.0,
+        batch=_batch(share),
+        activations=kept["layers"] + kept["around layers"],
+        working=_working(share),
+        head=activations.head_and_loss(share),
+        # torch's AdamW takes the roots of all second moments at once, the fused one none
+        optimizer_step=0.0 if share.fused else held * main / pieces,
+        nccl=0.0,
+        context=0.0,
+    )
+
+
+def _working(share):
+    """Most that is needed on top of what is kept, over the layers as the backward pass goes down.
+
+    What is kept falls from layer to layer, so what Megatron FSDP has gathered and not yet sent counts more
+    the later it is.
+    """
+    kept = activations.kept(share)["layers"] / share.size.num_layers
+    layers = share.size.num_layers
+    sharded = (_gathered(share, done) - done * kept for done in range(layers))
+    return activations.working(share) + max(sharded)
+
+
+def _gathered(share, done):
+    """Bytes of weights that are gathered and gradients not yet sent, when `done` layers have been computed
+    backward; what megatron's settings allow it to hold at most."""
+    if share.layout.sharding != "full":
+        return 0.0
+    held = sum(held_by_tensor_rank(share.size, share.layout.tensor).values())
+    layer = in_layers(share.size, share.layout.tensor)
+    weights = min(held - done * layer, layer + PREFETCHED)
+    gradients = min((done + 1) * layer, layer + UNSENT)
+    return (weights + layer) * share.number_bytes + gradients * _main_bytes(share)
+
+
+def _batch(share):
+    """Latents, noisy latents and text features, as the loader gives them."""
+    size, data = share.size, max(4, share.number_bytes)
+    latents = 2 * share.micro_batch * share.tokens * size.input_patch_width * data
+    widths = {c.name: c.width for c in size.contexts}
+    text = share.micro_batch * sum(n * widths[name] for name, n in share.text.items())
+    return latents + text * data
+
+
+def _main_bytes(share):
+    """Of a number the optimiser keeps: fp32 beside bf16, else as the weights."""
+    return 4 if share.number_bytes == 2 else share.number_bytes
