@@ -102,6 +102,8 @@ def fact_cards(status, measured) -> list[tuple[str, str]]:
         if key in facts:
             cards.append((what, number(facts[key], percent) + unit))
 
+    if status.eta is not None:
+        cards.append(("to go", duration(status.eta)))
     card("loss, recent clips", "train/loss of clips")
     card("loss, recent images", "train/loss of images")
     last = measured[-1] if measured else {}
@@ -126,6 +128,4 @@ def fact_cards(status, measured) -> list[tuple[str, str]]:
     card("resident memory (rank 0)", "memory/resident_gib", " GiB")
     num_skipped = sum("rolled_back_to" not in row for row in status.skipped)
     cards.append(("steps skipped", f"{num_skipped:,}"))
-    if status.eta is not None:
-        cards.append(("to go", duration(status.eta)))
     return cards

@@ -160,7 +160,7 @@ def _problems(facts, skipped, late, beats, state, silent_for):
         more = f" and {len(late) - 4} more" if len(late) > 4 else ""
         yield f"{len(late)} of {len(beats)} ranks are behind: {named}{more}"
     if rollbacks := [row for row in skipped if "rolled_back_to" in row]:
-        yield f"{len(rollbacks)} rollbacks, the last at step {rollbacks[-1]['step']}: see {SKIPPED_FILE}"
+        yield f"rollbacks {len(rollbacks)}, the last at step {rollbacks[-1]['step']}: see {SKIPPED_FILE}"
     wait = facts.get("speed/data_wait", 0)
     if wait > 0.05:
         yield f"{wait:.0%} of the step time is waiting for data: see `moviegen bench loader`"
