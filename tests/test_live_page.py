@@ -78,7 +78,7 @@ def test_it_says_how_far_the_run_is_and_what_it_measures(folder):
         "0.02 validation loss, step 50",
         "1 steps skipped",
         "1% waiting for data",
-        "1 min to go",
+        "2 min to go",
         "33 loss is nan (loss nan, gradient norm 3) 5, 6",
         "1 of 4 ranks are behind: rank 3 (n1, step 47, training)",
     ):
