@@ -142,7 +142,7 @@ def _trainer(recipe, data, num_ranks):
     from nemo_moviegen.training.progress import ProgressPage
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return nl.Trainer(
+    trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         strategy=_strategy(num_ranks),
         devices=ranks_per_node,
@@ -150,12 +150,14 @@ def _trainer(recipe, data, num_ranks):
         precision={"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}[recipe.precision],
         max_epochs=1,  # the data end with the run
         callbacks=[RunFolder(recipe, data), ProgressPage(recipe)],
-        logger=loggers(recipe),
+        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    trainer.loggers = loggers(recipe)  # as in run.py
+    return trainer
 
 
 def _strategy(num_ranks):

@@ -65,7 +65,7 @@ def _trainer(recipe, data, num_ranks, own, other):
     plugins = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
     if recipe.precision == "bf16":
         plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16))
-    return nl.Trainer(
+    trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=ranks_per_node,
         num_nodes=num_ranks // ranks_per_node,
@@ -76,12 +76,14 @@ def _trainer(recipe, data, num_ranks, own, other):
         num_sanity_val_steps=0,
         callbacks=_callbacks(recipe, data, own, other),
         enable_checkpointing=False,
-        logger=loggers(recipe),
+        logger=False,
         log_every_n_steps=recipe.log_every,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    trainer.loggers = loggers(recipe)  # afterwards: NeMo's trainer copies its arguments, the logger too
+    return trainer
 
 
 def _callbacks(recipe, data, own, other):

@@ -10,7 +10,7 @@ import pytest
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.flops import forward_flops
 from nemo_moviegen.launch import check_inputs
-from nemo_moviegen.recipe import Layout, LatentData, Progress
+from nemo_moviegen.recipe import LatentData, Layout, Progress
 from nemo_moviegen.training.data import batch_order
 from parallel.runs import recipe, train_on_ranks, write_latents
 
@@ -82,7 +82,7 @@ def test_mfu_is_of_the_steps_own_shapes_and_prompts_over_the_peak_of_both_ranks(
         tflops = model / seconds / 2 / 1e12
         assert line["speed/tflops_per_gpu"] == pytest.approx(tflops, rel=1e-3), line["step"]
         assert line["speed/mfu"] == pytest.approx(tflops / PEAK_TFLOPS, rel=1e-3)
-        assert line["speed/hfu"] / line["speed/mfu"] == pytest.approx((model + again) / model)
+        assert line["speed/hfu"] / line["speed/mfu"] == pytest.approx((model + again) / model, rel=1e-3)
         assert line["speed/data_wait"] == pytest.approx(line["speed/data_seconds"] / seconds)
         assert 0.1 < line["memory/resident_gib"] < 50 and "memory/peak_gib" not in line
 
@@ -101,7 +101,8 @@ class Run:
     def __init__(self, **said):
         self.file = os.path.join(said["dir"], "wandb.jsonl")
         self.config = types.SimpleNamespace(update=lambda *a, **k: None)
-        self.write(init={k: said[k] for k in ("project", "name", "id", "resume")}, size=said["config"]["size"]["name"])
+        init = {k: said[k] for k in ("project", "name", "id", "resume")}
+        self.write(init=init, size=said["config"]["size"]["name"])
     def write(self, **row):
         with open(self.file, "a") as file:
             file.write(json.dumps(row) + "\\n")
@@ -143,7 +144,7 @@ def test_weights_and_biases_gets_the_numbers_of_metrics_jsonl_in_one_place_over_
     train_on_ranks(replace(run, num_steps=3), 2, before=use_stand_in)
     first, *told = map(json.loads, Path(run.output, "wandb.jsonl").read_text().splitlines())
     again = next(row for row in told if "init" in row)
-    told.remove(again)
+    told = [row for row in told if "train/loss" in row]  # NeMo's trainer logs rows of its own
     assert first == again  # the same id
     assert first["init"] | {"id": ""} == {"project": "movies", "name": "test", "id": "", "resume": "allow"}
     assert first["size"] == "test" and len(first["init"]["id"]) == 12
