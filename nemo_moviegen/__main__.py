@@ -127,6 +127,15 @@ def train_command(options):
     return launch(recipe, debug=options.debug)
 
 
+def progress_command(options):
+    """Make the page of a run folder and print one screen."""
+    from rich.console import Console
+
+    from nemo_moviegen.live.screen import show
+
+    print(show(options.run_folder, Console()))
+
+
 def average_command(options):
     """Average checkpoints into a new run."""
     from nemo_moviegen.training.average import average
@@ -270,6 +279,7 @@ COMMANDS = {
     "cut": cut_command,
     "curate": curate_command,
     "train": train_command,
+    "progress": progress_command,
     "average": average_command,
     "encode": encode_command,
     "generate": generate_command,

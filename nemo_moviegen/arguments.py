@@ -73,6 +73,9 @@ def _parser():
     )
     add("--cluster", help="where it runs: a name of recipes/clusters, as cluster=NAME")
 
+    add = command("progress", "make the page of a run, running or ended, and print where it stands")
+    add("run_folder", metavar="RUN", help="output folder of the run; gets progress.html")
+
     add = command("average", "average the weights of several checkpoints into a new run")
     add("sources", nargs="+", help="run folders (their newest checkpoint) or folders checkpoints/step=N")
     add("--output", required=True, help="folder of the new run, to generate from or to start another from")

@@ -89,9 +89,13 @@ def placed(recipe, cluster):
         return replace(recipe, data=data, loss=loss, output=str(root / recipe.output), init_from=init_from)
     data = replace(recipe.data, folder=str(root / recipe.data.folder))
     heldout = str(root / recipe.validation.folder) if recipe.validation.folder else ""
+    progress = recipe.progress
+    if progress.autoencoder:
+        progress = replace(progress, autoencoder=str(root / progress.autoencoder))
     return replace(
         recipe,
         data=data,
+        progress=progress,
         output=str(root / recipe.output),
         init_from=init_from,
         validation=replace(recipe.validation, folder=heldout),

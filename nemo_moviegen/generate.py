@@ -14,6 +14,7 @@ import torch
 
 from nemo_moviegen import flow
 from nemo_moviegen.prompts import with_fps
+from nemo_moviegen.sampling import decode, keeping, sample_latents
 from nemo_moviegen.video_files import contact_sheet, pick_frames, stream_mp4, write_png
 
 LATENT_STRIDE = 8
@@ -153,25 +154,6 @@ def sample_prompts(
     return torch.cat(latents)
 
 
-def sample_latents(velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_scale, progress=None):
-    """Euler from noise (t = 0) to data (t = 1) with classifier-free guidance (s3.4); returns x_BTCHW.
-
-    `prompt` and `empty` are (contexts, masks) of `pad_contexts`; both halves go through
-    `velocity(x_BTCHW, t_B, contexts, masks)` as one batch, the prompted half first.
-    """
-    batch = len(noise_BTCHW)
-    contexts, masks = (
-        tuple(torch.cat(pair) for pair in zip(*both, strict=True)) for both in zip(prompt, empty, strict=True)
-    )
-
-    def guided(x_BTCHW, t_B):
-        t_B = t_B.double()  # as in training: Megatron rounds fp32 arguments to bf16
-        both = velocity(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([t_B, t_B]), contexts, masks)
-        return flow.guide(both[:batch], both[batch:], guidance_scale)
-
-    return flow.sample(guided, noise_BTCHW, schedule, progress=progress)
-
-
 def pad_contexts(features, context_sizes, device=None):
     """(contexts, masks) for the backbone: per encoder [B, max_tokens, width] and bool [B, max_tokens].
 
@@ -195,16 +177,6 @@ def pad_contexts(features, context_sizes, device=None):
     return tuple(contexts), tuple(masks)
 
 
-def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames, tiling=None):
-    """Frames of a normalised latent, [t, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
-    from nemo_moviegen.tae.tiling import Tiling, decode_frames
-
-    raw_TCHW = latent_TCHW.float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
-    device = next(autoencoder.parameters()).device
-    for frames_BTCHW in decode_frames(autoencoder, raw_TCHW[None].to(device), num_frames, tiling or Tiling()):
-        yield frames_BTCHW[0].clamp(-1, 1).cpu()
-
-
 def write_samples(videos, num_frames, prompts, output, fps) -> list[Path]:
     """One file a video, named by number and prompt, and the contact sheet; returns the files.
 
@@ -213,7 +185,7 @@ def write_samples(videos, num_frames, prompts, output, fps) -> list[Path]:
     files, shown = [], []
     for index, (chunks, prompt) in enumerate(zip(videos, prompts, strict=True)):
         path, kept = output / f"{index:03d}-{_slug(prompt)}", []
-        passing = _keeping(chunks, pick_frames(num_frames, SHEET_COLUMNS), kept)
+        passing = keeping(chunks, pick_frames(num_frames, SHEET_COLUMNS), kept)
         if num_frames == 1:
             files.append(write_png(torch.cat(list(passing))[0], path.with_name(f"{path.name}.png")))
         else:
@@ -221,15 +193,6 @@ def write_samples(videos, num_frames, prompts, output, fps) -> list[Path]:
         shown.append(torch.stack(kept))
     contact_sheet(shown, prompts, output / SHEET_FILE, num_columns=SHEET_COLUMNS)
     return files
-
-
-def _keeping(chunks, numbers, kept):
-    """The chunks; the frames of these numbers are appended to `kept` as they pass."""
-    start = 0
-    for chunk in chunks:
-        kept += [chunk[n - start].clone() for n in numbers if start <= n < start + len(chunk)]
-        start += len(chunk)
-        yield chunk
 
 
 def latent_size(num_frames, height_px, width_px) -> tuple[int, int, int]:

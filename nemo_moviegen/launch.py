@@ -4,6 +4,7 @@ moviegen train, nemo moviegen train ---> launch --+--> as many ranks as the clus
                  torchrun, slurm/train.sbatch ----+--> the recipe's trainer
 """
 
+import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -45,6 +46,7 @@ def launch(recipe, debug=False) -> int:
 
 def check_inputs(recipe):
     """ValueError naming what `recipe` reads and does not find."""
+    _check_progress(recipe)
     if isinstance(recipe, TaeRecipe):
         _check_autoencoder_inputs(recipe)
         return
@@ -54,17 +56,39 @@ def check_inputs(recipe):
             f"write them with `moviegen encode`, or set data.folder"
         )
     heldout = recipe.validation.latents(recipe.data.folder)
-    if recipe.validation.every and not (heldout / "index.parquet").is_file():
-        raise ValueError(
-            f"{recipe.name} measures its validation loss on the latents of {heldout}, which holds no "
-            "index.parquet: run `moviegen encode` on a manifest with clips of the split heldout "
-            "(`moviegen shapes --heldout N` makes some), set validation.folder, or set validation.every=0"
-        )
+    readers = {
+        "validation.every": (recipe.validation.every, "measures its validation loss on"),
+        "progress.samples_every": (recipe.progress.samples_every, "takes the prompts of its samples from"),
+    }
+    for key, (every, does) in readers.items():
+        if every and not (heldout / "index.parquet").is_file():
+            raise ValueError(
+                f"{recipe.name} {does} the latents of {heldout}, which holds no index.parquet: run "
+                "`moviegen encode` on a manifest with clips of the split heldout (`moviegen shapes "
+                f"--heldout N` makes some), set validation.folder, or set {key}=0"
+            )
     resumes = (Path(recipe.output) / RECIPE_FILE).is_file()
     if recipe.init_from and not resumes and not (Path(recipe.init_from) / RECIPE_FILE).is_file():
         raise ValueError(
             f"{recipe.name} starts from the run in {recipe.init_from}, which holds no recipe.yaml: "
             f"train that stage first, or set init_from (empty = fresh weights)"
+        )
+
+
+def _check_progress(recipe):
+    progress = recipe.progress
+    if progress.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"{recipe.name} reports to project {progress.wandb_project} of Weights & Biases, whose package "
+            "is not installed: pip install wandb, or set progress.wandb_project= (metrics.jsonl and "
+            "TensorBoard have the same numbers)"
+        )
+    decodes = progress.samples_every and progress.autoencoder
+    if decodes and not Path(progress.autoencoder, RECIPE_FILE).is_file():
+        raise ValueError(
+            f"{recipe.name} decodes its samples with the autoencoder in {progress.autoencoder}, which holds "
+            "no recipe.yaml: set progress.autoencoder to a run folder of one, or to nothing "
+            "(progress.autoencoder=) to see the latents"
         )
 
 

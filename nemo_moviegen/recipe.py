@@ -15,6 +15,7 @@ from nemo_moviegen.layout import Layout as Layout
 from nemo_moviegen.layout import nearest_bucket
 from nemo_moviegen.objectives import AutoencoderLosses as AutoencoderLosses
 from nemo_moviegen.objectives import DiscriminatorSettings as DiscriminatorSettings
+from nemo_moviegen.progress import Progress as Progress
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
 from nemo_moviegen.sizes import AutoencoderSize as AutoencoderSize
@@ -130,6 +131,7 @@ class VideoRecipe(Recipe):
     """Classifier-free guidance of samples from this model (s3.4)."""
     guard: Guard = field(default_factory=Guard)
     validation: Validation = field(default_factory=Validation)
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
         super().__post_init__()
@@ -242,6 +244,7 @@ class TaeRecipe(Recipe):
     """Images of an image step, all ranks; 0 = global_batch. An image is a fraction of the work of a clip."""
     ema_decay: float = 0.0
     """Of a moving average of the weights, which is what is loaded from the run; 0 = none."""
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
         super().__post_init__()
@@ -250,6 +253,8 @@ class TaeRecipe(Recipe):
                 f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
                 f"multiple of global_batch {self.global_batch}"
             )
+        if self.progress.samples_every:
+            raise ValueError(f"{self.name}: an autoencoder takes no prompts: set progress.samples_every=0")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"{self.name}: ema_decay is {self.ema_decay}; use 0 or more and less than 1")
         bucket = self.data.bucket

@@ -10,20 +10,18 @@ from ranks import run_on_ranks
 
 from nemo_moviegen import flow
 from nemo_moviegen.generate import (
-    _keeping,
     check_fits,
     check_folder,
     check_prompts,
     check_writable,
-    decode,
     generate,
     latent_size,
     pad_contexts,
-    sample_latents,
     sample_prompts,
     write_samples,
 )
 from nemo_moviegen.recipe import recipe_yaml
+from nemo_moviegen.sampling import decode, keeping, sample_latents
 from nemo_moviegen.sizes import VIDEO_TINY, AutoencoderSize, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.video_files import read_frames
@@ -148,7 +146,7 @@ def test_the_sheet_keeps_the_frames_it_shows_and_no_others():
     """Seen to catch: numbers counted from the chunk's start."""
     chunks = torch.arange(20.0).split(3)
     kept = []
-    assert torch.equal(torch.cat(list(_keeping(chunks, [0, 4, 5, 19], kept))), torch.arange(20.0))
+    assert torch.equal(torch.cat(list(keeping(chunks, [0, 4, 5, 19], kept))), torch.arange(20.0))
     assert [float(frame) for frame in kept] == [0, 4, 5, 19]
 
 

@@ -9,10 +9,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes", "layout", "inputs", "objectives", "spikes", "validation", "windows"},
+    {"settings", "sizes", "layout", "inputs", "objectives", "spikes", "validation", "windows"}
+    | {"heartbeat", "progress"},
     {"flops", "recipe", "buckets"},
-    {"cluster", "batch", "flow", "prompts", "video_files", "watch"},
-    {"data", "tae", "text_encoders", "video"},
+    {"cluster", "batch", "flow", "prompts", "video_files", "watch", "utilisation"},
+    {"data", "tae", "text_encoders", "video", "live"},
+    {"sampling"},
     {"training"},
     {"encode", "generate", "report_charts", "report_samples", "launch"},
     {"report", "curation", "bench"},
@@ -29,6 +31,7 @@ NO_TORCH = (
     "objectives",
     "spikes",
     "validation",
+    "progress",
     "windows",
     "flops",
     "recipe",
@@ -36,6 +39,9 @@ NO_TORCH = (
     "cluster",
     "launch",
     "watch",
+    "utilisation",
+    "live.page",
+    "live.screen",
     "tables",
     "arguments",
     "__main__",

@@ -111,6 +111,11 @@ class BatchOrder:
         """Video tokens of all samples of a step."""
         return int(self.tokens_S[self._samples(step)[2]].sum())
 
+    def shape_counts(self, step) -> dict[tuple[int, int, int], int]:
+        """Samples of each latent shape (T, H, W) in a step, over all copies."""
+        shapes, counts = np.unique(self._samples(step)[2], return_counts=True)
+        return {self.shapes[shape]: int(count) for shape, count in zip(shapes, counts, strict=True)}
+
     def batch(self, step) -> tuple[list[int], list[int]]:
         """Rows of the step's samples, of all copies, and for each how often it was seen before."""
         rows_N, epochs_N, *_ = self._samples(step)

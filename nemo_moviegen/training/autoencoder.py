@@ -136,25 +136,28 @@ def _own_state(recipe):
 
 def _trainer(recipe, data, num_ranks):
     import nemo.lightning as nl
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from nemo_moviegen.training.autoencoder_folder import RunFolder
+    from nemo_moviegen.training.loggers import loggers
+    from nemo_moviegen.training.progress import ProgressPage
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return nl.Trainer(
+    trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         strategy=_strategy(num_ranks),
         devices=ranks_per_node,
         num_nodes=num_ranks // ranks_per_node,
         precision={"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}[recipe.precision],
         max_epochs=1,  # the data end with the run
-        callbacks=[RunFolder(recipe, data)],
-        logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
+        callbacks=[RunFolder(recipe, data), ProgressPage(recipe)],
+        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    trainer.loggers = loggers(recipe)  # as in run.py
+    return trainer
 
 
 def _strategy(num_ranks):

@@ -17,7 +17,9 @@ train/is_image                                       1 for an image step
 heldout/psnr_db                                      dB of held-out clips, a line at each checkpoint
 speed/step_seconds                                   wall time of the whole step
 speed/data_seconds                                   of it, waiting for the loader
+speed/data_wait                                      the same as a share of the step
 speed/frames_per_second                              frames (crops of them) of the global batch, all ranks
+memory/peak_gib, memory/resident_gib                 as in callbacks.py
 """
 
 import math
@@ -30,7 +32,7 @@ import torch
 
 from nemo_moviegen.tae.losses import squared_error
 from nemo_moviegen.training.autoencoder_step import ALWAYS
-from nemo_moviegen.training.record import RunRecord
+from nemo_moviegen.training.record import RunRecord, memory
 
 CHECKPOINT_FILE = "last.ckpt"
 HELDOUT_CLIPS = 16
@@ -85,7 +87,9 @@ class RunFolder(pl.Callback):
             "train/is_image": int(self.data.kind(self.step) == "image"),
             "speed/step_seconds": seconds,
             "speed/data_seconds": self.data_seconds,
+            "speed/data_wait": self.data_seconds / seconds,
             "speed/frames_per_second": self.num_frames * self.data.num_samples(self.step) / seconds,
+            **memory(),
         }
         module.found = {}
         self.step_start, self.data_seconds = None, 0.0
@@ -103,12 +107,14 @@ class RunFolder(pl.Callback):
         if found:
             trainer.last_metrics |= found
             self.record.write(module.step, found)
-            trainer.logger.log_metrics(found, step=module.step)
+            for logger in trainer.loggers:
+                logger.log_metrics(found, step=module.step)
 
     def _tell(self, trainer, step, values):
         self.record.write(step, values)
         if step % self.recipe.log_every == 0:
-            trainer.logger.log_metrics(values, step=step)
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
         facts = (
             f"l1 {values['train/l1']:.4f}  {values['train/psnr_db']:.1f} dB  "
             f"{values['speed/step_seconds']:.2f} s/step  {values['speed/frames_per_second']:.0f} frames/s"

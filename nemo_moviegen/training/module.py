@@ -34,7 +34,14 @@ class FlowMatchingModule(pl.LightningModule):
             no_weight_decay_cond=_is_not_a_matrix,
         )
         self.optim.connect(self)
+        self.start_counting()
+
+    def start_counting(self):
+        """Forget what was counted of the last step."""
         self.data_seconds = 0.0
+        """Waiting for the loader."""
+        self.num_prompts, self.text_tokens = 0, dict.fromkeys((c.name for c in self.recipe.size.contexts), 0)
+        """Of this copy's share of the step: prompts, and their real tokens by text encoder."""
 
     def configure_model(self):
         """Lightning's hook once megatron's groups exist."""
@@ -48,6 +55,9 @@ class FlowMatchingModule(pl.LightningModule):
         started = time.perf_counter()
         batch, *_ = next(dataloader_iter)
         self.data_seconds += time.perf_counter() - started
+        self.num_prompts += len(batch.sample_ids)
+        for name, mask_BL in zip(self.text_tokens, batch.masks, strict=True):
+            self.text_tokens[name] += int(mask_BL.sum())  # still on the CPU: nothing waits
         return batch.to(torch.cuda.current_device(), self.data_dtype)
 
     def training_step(self, batch, batch_idx=None):

@@ -94,6 +94,17 @@ class RunRecord:
         self._file.close()
 
 
+def memory() -> dict[str, float]:
+    """memory/peak_gib: the most torch has allocated on the GPU; without one memory/resident_gib, now."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    import psutil
+
+    return {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+
+
 def open_after(path, step):
     """The file of JSON lines to append to, without the lines past `step`: a resumed run writes them again."""
     kept = []

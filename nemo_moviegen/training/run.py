@@ -56,16 +56,16 @@ def uses_transformer_engine(recipe) -> bool:
 
 def _trainer(recipe, data, num_ranks, own, other):
     import nemo.lightning as nl
-    from lightning.pytorch.loggers import TensorBoardLogger
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
+    from nemo_moviegen.training.loggers import loggers
     from nemo_moviegen.training.strategy import strategy
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     plugins = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
     if recipe.precision == "bf16":
         plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16))
-    return nl.Trainer(
+    trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=ranks_per_node,
         num_nodes=num_ranks // ranks_per_node,
@@ -76,19 +76,23 @@ def _trainer(recipe, data, num_ranks, own, other):
         num_sanity_val_steps=0,
         callbacks=_callbacks(recipe, data, own, other),
         enable_checkpointing=False,
-        logger=TensorBoardLogger(recipe.output, name="tensorboard", version=""),
+        logger=False,
         log_every_n_steps=recipe.log_every,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+    trainer.loggers = loggers(recipe)  # afterwards: NeMo's trainer copies its arguments, the logger too
+    return trainer
 
 
 def _callbacks(recipe, data, own, other):
-    """In the order in which they see the end of a step: judged, compared, measured, told, saved."""
+    """In the order in which they see the end of a step: judged, compared, measured, shown, told, saved."""
     from nemo_moviegen.training.callbacks import Metrics
     from nemo_moviegen.training.guard import SkipBadSteps
     from nemo_moviegen.training.monitor import Monitor
+    from nemo_moviegen.training.progress import ProgressPage
+    from nemo_moviegen.training.samples import Samples
     from nemo_moviegen.training.saving import Checkpoints
     from nemo_moviegen.training.validation import ValidationLoss
 
@@ -96,5 +100,6 @@ def _callbacks(recipe, data, own, other):
     checkpoints.data = data.order.contents
     guard = checkpoints.guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
     validation = checkpoints.validation = ValidationLoss(recipe, data)
-    monitor, metrics = Monitor(recipe, data, guard), Metrics(recipe, data, guard, validation)
-    return [guard, monitor, validation, metrics, checkpoints]
+    monitor, samples = Monitor(recipe, data, guard), Samples(recipe, data)
+    metrics = Metrics(recipe, data, guard, validation, samples)
+    return [guard, monitor, validation, samples, metrics, checkpoints, ProgressPage(recipe)]

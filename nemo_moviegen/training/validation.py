@@ -1,5 +1,8 @@
 """The flow-matching loss of held-out samples while a run trains: one number, the same in every layout.
 
+The loss is told as a whole, by quarter of time, and for each latent shape, which is duration (latent frames)
+x resolution (latent height x width), by quarter of time. Which of them stands still says where training does.
+
 Samples, noise and times are functions of the recipe and of the sample, never of the step or the rank, so two
 numbers of a run differ by its weights alone. Times lie in equal parts of [0, 1] where training draws them
 logit-normal (s3.1.2): the loss near noise and near data says as much as that in the middle. No prompt is
@@ -58,6 +61,7 @@ class ValidationLoss(pl.Callback):
         if recipe.validation.every:
             self.reader = heldout_reader(recipe)
             self.evaluations = evaluations(self.reader, recipe)
+            self.shapes = sorted({e.shape for e in self.evaluations})
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.last_loss, self.values = None, {}
@@ -76,22 +80,29 @@ class ValidationLoss(pl.Callback):
 
     @torch.no_grad()
     def measure(self, module) -> dict:
-        """{"validation/loss": of all tokens, "validation/loss_t0.00-0.25": of a quarter of time, ...}.
+        """{"validation/loss": of all tokens, "validation/loss_t0.00-0.25": of a quarter of time, ...,
+        "validation/loss_32x96x96_t0.00-0.25": of it, that of latents of 32 frames of 96 x 96, ...}.
 
         Of a `FlowMatchingModule` in a trainer; collective; leaves weights, gradients and randomness alone.
         """
-        sums = torch.zeros(NUM_REPORTED, 2, dtype=torch.float64, device=torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        sums = torch.zeros(len(self.shapes) * NUM_REPORTED, 2, dtype=torch.float64, device=device)
         for own, weights in shares(
             self.evaluations,
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
             self.recipe.micro_batch,
         ):
-            part_B = torch.tensor([e.time_bin * NUM_REPORTED // NUM_BINS for e in own], device=sums.device)
+            part_B = torch.tensor([self._part(e) for e in own], device=sums.device)
             sums.index_add_(0, part_B, self._sums(module, own) * sums.new_tensor(weights)[:, None])
         if module.module.ddp_config.use_megatron_fsdp:
             module.module.module.synchronize_param_gather()  # frees what was gathered, shards in its place
-        return _told(sum_over_token_ranks(sums, module.config).tolist())
+        return told(sum_over_token_ranks(sums, module.config).cpu(), self.shapes)
+
+    def _part(self, evaluation):
+        """Row of its sums: quarters of time within a shape."""
+        quarter = evaluation.time_bin * NUM_REPORTED // NUM_BINS
+        return self.shapes.index(evaluation.shape) * NUM_REPORTED + quarter
 
     def _sums(self, module, own):
         """fp64 [B, 2]: loss and tokens of this rank, by evaluation."""
@@ -110,12 +121,10 @@ class ValidationLoss(pl.Callback):
 
     @property
     def text(self):
-        """What samples are read from; online text takes the encoders that training has loaded."""
-        if self.recipe.data.text == "cached":
-            return self.reader
-        if not hasattr(self, "_online"):
-            self._online = OnlineText(self.reader, self.data.source.encoders)
-        return self._online
+        """As `text_of`, from the first time it is needed: encoders in slices make it a collective."""
+        if not hasattr(self, "_text"):
+            self._text = text_of(self.reader, self.recipe, self.data)
+        return self._text
 
 
 def heldout_reader(recipe) -> LatentReader:
@@ -130,11 +139,21 @@ def heldout_reader(recipe) -> LatentReader:
     return reader
 
 
+def text_of(reader, recipe, data):
+    """What held-out samples are read from; online text takes the encoders that training has loaded."""
+    return reader if recipe.data.text == "cached" else OnlineText(reader, data.source.encoders)
+
+
+def first_rows(reader, recipe, num_samples):
+    """Rows of the first samples by id, of the kinds (images, clips) the run trains on."""
+    rows = _trained_kinds(reader, recipe)
+    return rows[np.argsort(reader.sample_ids[rows])][:num_samples]
+
+
 def evaluations(reader, recipe) -> list[Evaluation]:
     """What is evaluated, sorted by shape: within one the parts of time take turns, so all get as many."""
     validation = recipe.validation
-    rows = _trained_kinds(reader, recipe)
-    rows = rows[np.argsort(reader.sample_ids[rows])][: validation.num_samples]
+    rows = first_rows(reader, recipe, validation.num_samples)
     first = [(tuple(reader.latent_shapes[row].tolist()), int(row)) for row in rows]
     first.sort(key=lambda pair: pair[0])  # stable: by sample id within a shape
     return [
@@ -198,11 +217,17 @@ def _trained_kinds(reader, recipe):
     return rows
 
 
-def _told(sums):
-    """Metrics from (loss, tokens) of each part of time; a part without a sample is left out."""
-    told = {"validation/loss": sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)}
-    for part, (loss, tokens) in enumerate(sums):
-        if tokens:
-            first, last = part / NUM_REPORTED, (part + 1) / NUM_REPORTED
-            told[f"validation/loss_t{first:.2f}-{last:.2f}"] = loss / tokens
-    return told
+def told(sums, shapes) -> dict[str, float]:
+    """Metrics from fp64 [len(shapes) * NUM_REPORTED, 2]: loss and tokens of each shape's quarters of time.
+
+    A part without a sample is left out.
+    """
+    sums = sums.view(len(shapes), NUM_REPORTED, 2)
+    quarters = [f"t{q / NUM_REPORTED:.2f}-{(q + 1) / NUM_REPORTED:.2f}" for q in range(NUM_REPORTED)]
+    rows = {"validation/loss": sums.sum(dim=(0, 1))}
+    rows |= {f"validation/loss_{q}": row for q, row in zip(quarters, sums.sum(dim=0), strict=True)}
+    for shape, of_shape in zip(shapes, sums, strict=True):
+        name = "x".join(map(str, shape))
+        rows |= {f"validation/loss_{name}_{q}": row for q, row in zip(quarters, of_shape, strict=True)}
+    pairs = {name: row.tolist() for name, row in rows.items()}
+    return {name: loss / tokens for name, (loss, tokens) in pairs.items() if tokens}

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,15 @@ from nemo_moviegen.launch import check_inputs
 from nemo_moviegen.recipe import LatentData, Layout, Optim
 from nemo_moviegen.training.checkpoint import checkpoints
 from nemo_moviegen.training.storage import read_whole, tensor_shapes
-from nemo_moviegen.training.validation import NUM_BINS, Evaluation, evaluations, heldout_reader, shares
+from nemo_moviegen.training.validation import (
+    NUM_BINS,
+    NUM_REPORTED,
+    Evaluation,
+    evaluations,
+    heldout_reader,
+    shares,
+)
+from nemo_moviegen.training.validation import told as named
 from nemo_moviegen.validation import Validation, heldout_folder
 from parallel.runs import recipe, train_on_ranks, write_latents
 
@@ -104,8 +114,14 @@ def test_the_loss_is_told_with_every_checkpoint_too_over_four_parts_of_time(one_
     assert list(found) == [2, 3]
     parts = [f"validation/loss_t{t}" for t in ("0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00")]
     for values in found.values():
-        assert list(values) == ["validation/loss", *parts]
+        assert list(values)[:5] == ["validation/loss", *parts]
         assert min(values[p] for p in parts) < values["validation/loss"] < max(values[p] for p in parts)
+        of_shapes = list(values)[5:]
+        assert {name.rpartition("_")[0] for name in of_shapes} == {
+            "validation/loss_1x8x4",
+            "validation/loss_3x8x4",
+        }
+        assert len(of_shapes) == 8  # six and nine evaluations: all quarters of both
     assert found[2] != found[3]  # other weights
     assert [line["step"] for line in lines(one_rank) if "validation/seconds" in line] == [2, 3]
     (state,) = (json.loads((f / "state.json").read_text()) for f in checkpoints(one_rank).values())
@@ -114,11 +130,26 @@ def test_the_loss_is_told_with_every_checkpoint_too_over_four_parts_of_time(one_
 
 def test_the_loss_is_the_mean_over_tokens_at_the_fixed_noise_and_times(one_rank, latents):
     """From the weights of the checkpoint, sample by sample in plain torch."""
-    (loss,) = run_on_ranks(_plain_loss, one_rank, latents, world_size=1)
-    assert told(one_rank)[3]["validation/loss"] == pytest.approx(loss, rel=0, abs=1e-10)
+    (losses,) = run_on_ranks(_plain_losses, one_rank, latents, world_size=1)
+    assert told(one_rank)[3] == pytest.approx(losses, rel=0, abs=1e-10)
 
 
-def _plain_loss(run_folder, latents):
+def test_each_shape_and_quarter_of_time_has_the_mean_over_its_own_tokens():
+    """Images lose 1 near noise and 2 near data on 8 tokens, clips 10 near noise on 24; nothing in between."""
+    sums = torch.zeros(2, NUM_REPORTED, 2, dtype=torch.float64)
+    sums[0, 0], sums[0, 3] = torch.tensor([8.0, 8.0]), torch.tensor([16.0, 8.0])
+    sums[1, 0] = torch.tensor([240.0, 24.0])
+    assert named(sums.view(-1, 2), [(1, 8, 4), (3, 8, 4)]) == {
+        "validation/loss": 264 / 40,
+        "validation/loss_t0.00-0.25": 248 / 32,
+        "validation/loss_t0.75-1.00": 2.0,
+        "validation/loss_1x8x4_t0.00-0.25": 1.0,
+        "validation/loss_1x8x4_t0.75-1.00": 2.0,
+        "validation/loss_3x8x4_t0.00-0.25": 10.0,
+    }
+
+
+def _plain_losses(run_folder, latents):
     from nemo_moviegen import flow
     from nemo_moviegen.data.collate import collate
     from nemo_moviegen.training.checkpoint import load_video_model
@@ -126,7 +157,7 @@ def _plain_loss(run_folder, latents):
     model, run = load_video_model(run_folder, weights="weights")
     reader = LatentReader(heldout_folder(latents))
     ids, shapes = reader.sample_ids, reader.latent_shapes
-    loss = tokens = 0
+    sums = defaultdict(lambda: [0, 0])
     for place, row in enumerate(sorted(range(len(reader)), key=lambda r: (*shapes[r], ids[r]))):
         sample = reader[row]
         batch = collate([sample], [0], run.size.contexts, dtype=torch.float64, statistics=reader.statistics)
@@ -143,8 +174,11 @@ def _plain_loss(run_folder, latents):
             velocity = model.velocity(x[None], time, batch.contexts, batch.masks)[0]
             error = (velocity - (data - (1 - 1e-5) * noise)).square()
             num_tokens = run.size.num_tokens(shapes[row])
-            loss, tokens = loss + float(error.mean()) * num_tokens, tokens + num_tokens
-    return loss / tokens
+            quarter = f"_t{int(4 * t) / 4:.2f}-{(int(4 * t) + 1) / 4:.2f}"
+            for part in ("", quarter, f"_{'x'.join(map(str, shapes[row]))}{quarter}"):
+                sums[f"validation/loss{part}"][0] += float(error.mean()) * num_tokens
+                sums[f"validation/loss{part}"][1] += num_tokens
+    return {name: loss / tokens for name, (loss, tokens) in sums.items()}
 
 
 LAYOUTS = {
@@ -177,7 +211,13 @@ def draw_by_rank(validation):
     room.fixed_pair = lambda batch, bins, seed: right(batch, bins, seed + torch.distributed.get_rank())
 
 
-@pytest.mark.parametrize("bug", [weigh_repeats, draw_by_rank], ids=lambda bug: bug.__name__)
+def mix_up_shapes(validation):
+    """Each rank has the shapes in an order of its own: their sums meet in the wrong rows."""
+    if int(os.environ["RANK"]):
+        validation.shapes.reverse()
+
+
+@pytest.mark.parametrize("bug", [weigh_repeats, draw_by_rank, mix_up_shapes], ids=lambda bug: bug.__name__)
 def test_the_check_of_layouts_notices_a_bug(bug, tmp_path, latents, start, one_rank):
     run = train(tmp_path, latents, start, num_ranks=2, plant=bug)
     with pytest.raises(AssertionError, match="step 2"):
