@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes", "layout", "inputs", "objectives", "spikes", "validation", "windows"},
-    {"flops", "recipe", "buckets"},
+    {"settings", "sizes", "layout", "inputs", "objectives", "optim", "precision", "spikes", "validation"},
+    {"flops", "buckets", "windows"},
+    {"recipe"},
     {"cluster", "batch", "flow", "prompts", "video_files", "watch"},
     {"data", "tae", "text_encoders", "video"},
     {"training"},
@@ -27,6 +28,8 @@ NO_TORCH = (
     "layout",
     "inputs",
     "objectives",
+    "optim",
+    "precision",
     "spikes",
     "validation",
     "windows",
