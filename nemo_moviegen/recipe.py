@@ -89,6 +89,9 @@ class Recipe:
     keep_every: int = 0
     """Checkpoints at multiples of this many steps stay for good; 0 = none."""
     log_every: int = 10
+    hang_minutes: float = 20.0
+    """A run whose ranks end no step for so long is ended and its stuck rank named; 0 = never. More than any
+    step, validation or checkpoint takes, and less than the half hour after which collectives give up."""
 
     def __post_init__(self):
         if self.precision not in ("bf16", "fp32", "fp64"):
@@ -98,6 +101,8 @@ class Recipe:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.keep_every < 0:
             raise ValueError(f"keep_every is {self.keep_every}; use 0 for none, or a number of steps")
+        if not 0 <= self.hang_minutes < math.inf:
+            raise ValueError(f"hang_minutes is {self.hang_minutes}; use 0 for never, or minutes")
 
     def num_microbatches(self, num_ranks: int) -> int:
         """Micro-batches each model copy accumulates; ValueError if the batch does not divide."""

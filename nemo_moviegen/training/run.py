@@ -15,7 +15,7 @@ def train(recipe):
 
     Returns the last step's metrics on rank 0, None elsewhere. Ranks come from the launcher's environment
     (torchrun), one process trains alone. ValueError where layout, batch or data do not fit, before anything
-    is built.
+    is built; Stopped where the run was asked to end early (stopping.py).
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     if num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
@@ -28,6 +28,7 @@ def train(recipe):
     quiet()  # NeMo sets up its own logger when it is imported
     from nemo_moviegen.training.data import LatentDataModule
     from nemo_moviegen.training.module import FlowMatchingModule
+    from nemo_moviegen.training.stopping import fit
 
     data = LatentDataModule(recipe)
     module = FlowMatchingModule(
@@ -36,7 +37,7 @@ def train(recipe):
     if int(os.environ.get("RANK", 0)) == 0:
         write_recipe(recipe)
     trainer = _trainer(recipe, data, num_ranks, own, other)
-    trainer.fit(module, data)
+    fit(trainer, module, data)
     return getattr(trainer, "last_metrics", None)
 
 
@@ -85,11 +86,13 @@ def _trainer(recipe, data, num_ranks, own, other):
 
 
 def _callbacks(recipe, data, own, other):
-    """In the order in which they see the end of a step: judged, compared, measured, told, saved."""
+    """In the order in which they see a step end: judged, compared, measured, told, stopped, saved, alive."""
     from nemo_moviegen.training.callbacks import Metrics
     from nemo_moviegen.training.guard import SkipBadSteps
+    from nemo_moviegen.training.heartbeat import Heartbeat
     from nemo_moviegen.training.monitor import Monitor
     from nemo_moviegen.training.saving import Checkpoints
+    from nemo_moviegen.training.stopping import StopWhenAsked
     from nemo_moviegen.training.validation import ValidationLoss
 
     checkpoints = Checkpoints(recipe, own, other)
@@ -97,4 +100,7 @@ def _callbacks(recipe, data, own, other):
     guard = checkpoints.guard = SkipBadSteps(recipe, data, checkpoints.roll_back)
     validation = checkpoints.validation = ValidationLoss(recipe, data)
     monitor, metrics = Monitor(recipe, data, guard), Metrics(recipe, data, guard, validation)
-    return [guard, monitor, validation, metrics, checkpoints]
+    stopping, heartbeat = StopWhenAsked(recipe), Heartbeat(recipe)
+    stopping.guard = guard
+    validating, saving = heartbeat.enters("validating"), heartbeat.enters("saving")
+    return [guard, monitor, validating, validation, metrics, stopping, saving, checkpoints, heartbeat]
