@@ -22,8 +22,11 @@ class Stopped(Exception):
     """The run has saved and ends before its last step; `code` is TO_GO_ON or TO_STAY."""
 
     def __init__(self, said, code):
-        super().__init__(said)
+        super().__init__(said, code)
         self.code = code
+
+    def __str__(self):
+        return self.args[0]
 
 
 def forget_stop(output):

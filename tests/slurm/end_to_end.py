@@ -99,8 +99,6 @@ class Job:
         return self.ranks()
 
     def _runs(self, attempt):
-        if self.field("JobState") == "PENDING" and self.field("Reason") == "BeginTime":
-            slurm("scontrol", "update", f"JobId={self.id}", "StartTime=now", check=False)
         return self.field("JobState") == "RUNNING" and self.field("Restarts") == str(attempt)
 
     def ranks(self) -> list:

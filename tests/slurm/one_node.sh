@@ -63,7 +63,8 @@ SlurmdPort=$node_port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$munge/socket,cred_expire=10
+# a requeued job waits until its old credential has expired: 120 s by default
+AuthInfo=socket=$munge/socket,cred_expire=5
 CryptoType=crypto/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
