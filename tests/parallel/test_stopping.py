@@ -90,7 +90,7 @@ def write_the_batch_scripts_file(callback):
 def test_all_ranks_stop_after_the_same_step_with_all_saved_and_the_run_goes_on_bit_for_bit(
     rank, act, code, said, tmp_path, latents, whole
 ):
-    """Seen to catch: Lightning's own SIGTERM handler left in place, after which the other rank waits for good."""
+    """Seen to catch: Lightning's own SIGTERM handler left in place, and the other rank waiting for good."""
     run = replace(whole, output=str(tmp_path))
     ended = train_on_ranks(run, 2, before=AtStep(2, rank, act))
     assert [stopped.code for stopped in ended] == [code, code]

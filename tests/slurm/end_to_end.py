@@ -130,7 +130,7 @@ FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 def end_it_in_every_way(folder, latents):
     print("job 2: its time limit is near", flush=True)
-    job = Job(folder, latents, options=("--time=3", "--signal=B:USR1@150"))
+    job = Job(folder, latents, options=("--time=3", "--signal=B:USR1@100"))
     near = "the time limit is near: job .* saves"
     with job.told():
         wait_for("three steps", lambda: job.steps() >= 3 or re.search(near, job.said()))
