@@ -5,20 +5,21 @@ moviegen train, nemo moviegen train ---> launch --+--> as many ranks as the clus
 """
 
 import importlib.util
-import logging
 import os
+import sys
 from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
 from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
+from nemo_moviegen.stopping import Stopped
 
 LAUNCH_FILE = "launch.yaml"
 """In the output folder: the recipe as it was asked for, which the started ranks read."""
 
 
 def launch(recipe, debug=False) -> int:
-    """Train `recipe` on its cluster; returns the exit code: 0, or 2 where a rank met a user's mistake.
+    """Train `recipe` on its cluster; returns the exit code: 0, or one of those of stopping.py.
 
     A process that no launcher started (no WORLD_SIZE) starts the cluster's ranks on this machine, with the
     cores shared evenly, and waits for them. Raises ValueError before anything starts where the layout, the
@@ -46,7 +47,12 @@ def launch(recipe, debug=False) -> int:
             f"cluster {cluster.name} has {cluster.num_ranks} ranks, {started} were started: start "
             f"{cluster.nodes} nodes of {cluster.ranks_per_node}, or name a cluster of {started}"
         )
-    _train(here)
+    try:
+        _train(here)
+    except Stopped as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"moviegen: {stopped}", file=sys.stderr, flush=True)
+        return stopped.code
     return 0
 
 
@@ -133,28 +139,14 @@ def _train(recipe):
 
 
 def _start_ranks(recipe, output, cluster, debug) -> int:
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser, run
+    from nemo_moviegen.node import run_ranks
 
     output.mkdir(parents=True, exist_ok=True)
     (output / LAUNCH_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // cluster.num_ranks)))
     arguments = ["--standalone", f"--nproc-per-node={cluster.num_ranks}", "-m", "nemo_moviegen"]
     arguments += ["train", str(output / LAUNCH_FILE), *(["--debug"] if debug else [])]
-    logging.disable(logging.ERROR)  # torchrun's own account of a failed rank, which has said why itself
-    try:
-        run(get_args_parser().parse_args(arguments))
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode == 2:  # a user's mistake, which the rank has said
-            return 2
-        raise SystemExit(f"moviegen: rank {rank} ended with exit code {failure.exitcode}") from None
-    except SignalException as error:
-        return 128 + error.sigval
-    finally:
-        logging.disable(logging.NOTSET)
-    return 0
+    return run_ranks(arguments)
 
 
 def _num_cores() -> int:

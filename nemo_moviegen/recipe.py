@@ -61,6 +61,9 @@ class Recipe:
     keep_every: int = 0
     """Checkpoints at multiples of this many steps stay for good; 0 = none."""
     log_every: int = 10
+    hang_minutes: float = 20.0
+    """A run whose ranks end no step for so long is ended and its stuck rank named; 0 = never. More than any
+    step, validation or checkpoint takes, and less than the half hour after which collectives give up."""
 
     def __post_init__(self):
         if self.precision not in PRECISIONS:
@@ -75,6 +78,8 @@ class Recipe:
                 f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
                 f"multiple of global_batch {self.global_batch}"
             )
+        if not 0 <= self.hang_minutes < math.inf:
+            raise ValueError(f"hang_minutes is {self.hang_minutes}; use 0 for never, or minutes")
 
     @property
     def images_per_step(self) -> int:

@@ -78,7 +78,7 @@ def _rank_main(rank, world_size, folder, send, fn, args):
     os.setpgrp()  # what this rank starts (megatron's checkpoint writer) ends with it
     torch.set_num_threads(1)
     stack = open(folder / f"stack{rank}", "w")  # noqa: SIM115, open for as long as the rank lives
-    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=True)
+    faulthandler.register(signal.SIGHUP, file=stack, all_threads=True)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
@@ -102,6 +102,6 @@ def _kill_group(process):
 
 def _stacks(folder, ranks, waiting):
     for rank in waiting:
-        os.kill(ranks[rank].pid, signal.SIGUSR1)
+        os.kill(ranks[rank].pid, signal.SIGHUP)
     time.sleep(0.5)
     return "\n".join(f"--- rank {r}\n" + (folder / f"stack{r}").read_text() for r in waiting)

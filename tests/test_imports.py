@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
     {"settings", "sizes", "layout", "inputs", "objectives", "optim", "precision", "spikes", "validation"}
-    | {"heartbeat", "progress"},
+    | {"stopping", "heartbeat", "progress"},
     {"flops", "buckets", "windows"},
     {"recipe"},
-    {"cluster", "batch", "flow", "prompts", "video_files", "watch", "utilisation", "planning"},
+    {"cluster", "node", "batch", "flow", "prompts", "video_files", "watch", "utilisation", "planning"},
     {"data", "tae", "text_encoders", "video", "live"},
     {"sampling"},
     {"training"},
@@ -36,10 +36,13 @@ NO_TORCH = (
     "validation",
     "progress",
     "windows",
+    "stopping",
+    "heartbeat",
     "flops",
     "recipe",
     "buckets",
     "cluster",
+    "node",
     "launch",
     "watch",
     "utilisation",

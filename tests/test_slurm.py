@@ -25,10 +25,11 @@ ENCODE = (
 
 STAND_INS = {
     "srun": 'printf "%s\\n" "$@" >"$CALLS/srun"; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-    "python": 'printf "%s\\n" "$@" >"$CALLS/python"; touch "$CALLS/up"; sleep "${SECONDS_TO_RUN:-0}"; exit 5',
-    "torchrun": 'printf "%s\\n" "$@" >"$CALLS/torchrun"; echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
-    'touch "$CALLS/up"; sleep "${SECONDS_TO_RUN:-0}"; exit "${TORCHRUN_EXIT:-0}"',
-    "scontrol": 'echo "$@" >>"$CALLS/scontrol"; [ "$1" != show ] || printf "n07\\nn08\\n"',
+    "python": 'printf "%s\\n" "$@" >"$CALLS/python"; echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
+    'touch "$CALLS/up"; until [ ! "${UNTIL_ASKED-}" ] || [ -e "$MOVIEGEN_STOP" ]; do sleep 0.02; done; '
+    'sleep "${SECONDS_TO_RUN:-0}"; exit "${PYTHON_EXIT:-0}"',
+    "scontrol": 'echo "$@" >>"$CALLS/scontrol"; case "$2" in hostnames) printf "n07\\nn08\\n" ;; '
+    'job) echo "JobId=41234 JobName=moviegen JobState=${JOB_STATE:-RUNNING} Reason=None" ;; esac',
 }
 
 
@@ -40,14 +41,19 @@ def job(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/usr/bin/env bash\n{body}\n")
         path.chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP_NUM"))}
+    project = tmp_path / "project"  # the job writes into the folder it was submitted from
+    project.mkdir()
+    for name in ("slurm", "recipes"):
+        (project / name).symlink_to(ROOT / name)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "OMP_NUM", "MOVIEGEN"))}
     return environment | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "VENV": "no-such-environment",
         "CALLS": str(tmp_path),
         "RECIPE": "video_30b.t2i_256_1536",
         "CLUSTER": "h100_1536",
-        "SLURM_SUBMIT_DIR": str(ROOT),
+        "PREFLIGHT": "0",
+        "SLURM_SUBMIT_DIR": str(project),
         "SLURM_JOB_ID": "41234",
         "SLURM_JOB_NUM_NODES": "192",
         "SLURM_JOB_NODELIST": "n[07-198]",
@@ -64,6 +70,10 @@ def called(job, name):
     return (Path(job["CALLS"]) / name).read_text().split("\n")[:-1]
 
 
+def requeued(job):
+    return "requeue 41234" in called(job, "scontrol")
+
+
 @pytest.mark.parametrize("script", [SCRIPT, ARRAY], ids=lambda path: path.name)
 def test_the_script_is_bash(script):
     subprocess.run(["bash", "-n", script], check=True)
@@ -72,8 +82,10 @@ def test_the_script_is_bash(script):
 def test_one_torchrun_a_node_starts_a_rank_for_each_gpu_and_trains_the_recipe(job):
     result = submit(job, "num_steps=10", "output=with space")
     assert result.returncode == 0, result.stderr
-    torchrun = called(job, "torchrun")
-    assert torchrun[:5] == [
+    python = called(job, "python")
+    assert python[:7] == [
+        "-m",
+        "nemo_moviegen.node",
         "--nnodes=192",
         "--nproc-per-node=8",
         "--rdzv-backend=c10d",
@@ -81,18 +93,21 @@ def test_one_torchrun_a_node_starts_a_rank_for_each_gpu_and_trains_the_recipe(jo
         "--rdzv-id=41234",
     ]
     command = ["-m", "nemo_moviegen", "train", "video_30b.t2i_256_1536", "--cluster", "h100_1536"]
-    assert torchrun[5:] == [*command, "num_steps=10", "output=with space"]
+    assert python[7:] == [*command, "num_steps=10", "output=with space"]
     assert "--ntasks-per-node=1" in called(job, "srun")
     assert called(job, "scontrol") == ["show hostnames n[07-198]"]
     assert called(job, "threads") == ["12"]
 
 
-def test_the_ranks_arguments_are_ones_the_command_line_takes(job):
+def test_the_ranks_arguments_are_ones_torchrun_and_the_command_line_take(job):
+    from torch.distributed.run import get_args_parser
+
     from nemo_moviegen.arguments import parse
 
     submit(job, "num_steps=10")
-    torchrun = called(job, "torchrun")
-    options = parse(torchrun[torchrun.index("nemo_moviegen") + 1 :])
+    torchrun = get_args_parser().parse_args(called(job, "python")[2:])
+    assert torchrun.module and torchrun.training_script == "nemo_moviegen"
+    options = parse(torchrun.training_script_args)
     assert (options.command, options.recipe) == ("train", "video_30b.t2i_256_1536")
     assert (options.cluster, options.settings) == ("h100_1536", ["num_steps=10"])
 
@@ -110,6 +125,7 @@ def test_the_number_of_nodes_must_be_the_clusters(job):
         ({"CLUSTER": "h100"}, "no cluster 'h100'; known: cpu_2 h100_1536"),
         ({"CLUSTER": ""}, "set CLUSTER"),
         ({"RECIPE": ""}, "set RECIPE"),
+        ({"SLURM_JOB_ID": ""}, "submit it with sbatch, or train here with moviegen train"),
     ],
 )
 def test_a_missing_or_unknown_name_is_refused_before_ranks_start(job, changed, message):
@@ -119,21 +135,77 @@ def test_a_missing_or_unknown_name_is_refused_before_ranks_start(job, changed, m
     assert not (Path(job["CALLS"]) / "srun").exists()
 
 
-def test_the_exit_code_is_that_of_the_ranks(job):
-    assert submit(job, TORCHRUN_EXIT="7").returncode == 7
+def test_a_container_sees_the_project_and_what_the_site_mounts(job, tmp_path):
+    submit(job, CONTAINER="site/moviegen:1", MOUNTS="/data:/data")
+    srun = called(job, "srun")
+    project = tmp_path / "project"
+    assert "--container-image=site/moviegen:1" in srun
+    assert f"--container-mounts={project}:{project},/data:/data" in srun
+    assert f"--container-workdir={project}" in srun
+    submit(job)
+    assert not [argument for argument in called(job, "srun") if "container" in argument]
 
 
-def test_near_its_time_limit_the_job_requeues_itself_and_waits_for_its_ranks(job, tmp_path):
-    environment = job | {"SECONDS_TO_RUN": "1.5", "TORCHRUN_EXIT": "3"}
+@pytest.mark.parametrize("code", [0, 2, 76])
+def test_a_run_that_ended_for_good_is_not_started_again(job, code):
+    """Finished; a user's mistake; stopped by an operator."""
+    assert submit(job, PYTHON_EXIT=str(code)).returncode == code
+    assert not requeued(job)
+
+
+def test_a_run_that_was_saved_before_its_end_is_requeued_however_often(job):
+    for _ in range(5):
+        result = submit(job, PYTHON_EXIT="75")
+        assert result.returncode == 75 and requeued(job)
+        assert "requeueing job 41234" in result.stderr
+        (Path(job["CALLS"]) / "scontrol").unlink()
+
+
+def test_a_run_that_dies_is_tried_three_times_in_a_row_and_one_that_was_saved_begins_anew(job):
+    def dies():
+        (Path(job["CALLS"]) / "scontrol").unlink(missing_ok=True)
+        result = submit(job, PYTHON_EXIT="137")
+        assert result.returncode == 137
+        return requeued(job), result.stderr
+
+    told = [dies() for _ in range(4)]
+    assert [again for again, _ in told] == [True, True, True, False]
+    assert "failure 1 of 3" in told[0][1] and "4 times in a row: job 41234 ends" in told[3][1]
+    submit(job, PYTHON_EXIT="75")
+    assert dies()[0]
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "PENDING", "PREEMPTED"])
+def test_a_job_that_slurm_has_ended_itself_is_left_alone(job, state):
+    """A cancelled job must not come back, a pre-empted one is in the queue already."""
+    result = submit(job, PYTHON_EXIT="75", JOB_STATE=state)
+    assert not requeued(job)
+    assert f"job 41234 is {state}, so it is left alone" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(signal.SIGUSR1, "the time limit is near"), (signal.SIGTERM, "SIGTERM to the batch script")],
+)
+def test_a_signal_asks_the_ranks_to_stop_and_waits_for_them(job, tmp_path, number, why):
+    environment = job | {"UNTIL_ASKED": "1", "PYTHON_EXIT": "75"}
     process = subprocess.Popen(["bash", SCRIPT], env=environment, stderr=subprocess.PIPE)
     while not (tmp_path / "up").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGUSR1)
+    process.send_signal(number)
     _, said = process.communicate(timeout=30)
-    assert called(job, "scontrol")[-1] == "requeue 41234"
-    assert b"requeueing job 41234" in said
-    assert process.returncode == 3  # waited to the end: the code is the ranks', not the signal's
+    assert (tmp_path / "project" / ".slurm" / "41234.stop").read_text() == f"{why}\n"
+    assert f"{why}: job 41234 saves" in said.decode()
+    assert requeued(job) and process.returncode == 75
+
+
+def test_what_asked_an_earlier_start_to_stop_does_not_stop_the_next(job, tmp_path):
+    stop = tmp_path / "project" / ".slurm" / "41234.stop"
+    stop.parent.mkdir()
+    stop.write_text("the time limit is near\n")
+    submit(job)
+    assert not stop.exists()
 
 
 @pytest.fixture
@@ -150,7 +222,7 @@ def submit_array(array, *arguments, **changed):
 def test_a_task_of_an_array_encodes_its_share(array):
     from nemo_moviegen.arguments import parse
 
-    result = submit_array(array, *ENCODE, "--buckets", "video_768")
+    result = submit_array(array, *ENCODE, "--buckets", "video_768", PYTHON_EXIT="5")
     assert result.returncode == 5, "the code is the task's"
     python = called(array, "python")
     assert python == ["-m", "nemo_moviegen", *ENCODE, "--buckets", "video_768", "--task", "3/8"]
@@ -180,7 +252,9 @@ def test_what_is_no_array_of_shared_work_is_refused(array, arguments, changed, m
 
 def test_near_its_time_limit_a_task_requeues_itself_alone(array, tmp_path):
     process = subprocess.Popen(
-        ["bash", ARRAY, *ENCODE], env=array | {"SECONDS_TO_RUN": "1.5"}, stderr=subprocess.PIPE
+        ["bash", ARRAY, *ENCODE],
+        env=array | {"SECONDS_TO_RUN": "1.5", "PYTHON_EXIT": "5"},
+        stderr=subprocess.PIPE,
     )
     while not (tmp_path / "up").exists():
         assert process.poll() is None

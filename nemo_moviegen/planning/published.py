@@ -161,7 +161,11 @@ RUNS = (
         context=4,
         num_microbatches=8,
         settings=Settings(
-            recompute="full", recomputed_share=0.2, context_comm="p2p", state_overlap=False, backward_overlap=False
+            recompute="full",
+            recomputed_share=0.2,
+            context_comm="p2p",
+            state_overlap=False,
+            backward_overlap=False,
         ),
         tokens_per_second=1972,
         mfu=0.329,

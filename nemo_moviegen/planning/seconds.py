@@ -84,9 +84,7 @@ def layer_seconds(work, gpu, links, settings) -> LayerSeconds:
     products = [product_seconds(p, gpu, settings.fp8) for p in work.products]
     forward = [attention_seconds(a, gpu, False, settings.attention) for a in work.attentions]
     backward = [attention_seconds(a, gpu, True, settings.attention) for a in work.attentions]
-    feed_forward = sum(
-        s for s, p in zip(products, work.products, strict=True) if p.name in work.feed_forward
-    )
+    feed_forward = sum(s for s, p in zip(products, work.products, strict=True) if p.name in work.feed_forward)
     memory_forward = memory_seconds(work.forward_bytes, gpu)
     compute_forward = sum(products) + sum(forward) + memory_forward
     again = {

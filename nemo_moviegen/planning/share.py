@@ -14,7 +14,7 @@ NUMBER_BYTES = {"fp32": 4, "fp64": 8}
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One rank's part of one micro-batch of equal clips. Lengths are whole numbers: a legal layout divides."""
+    """One rank's part of one micro-batch of equal clips. Lengths are whole: a legal layout divides."""
 
     size: TransformerSize
     layout: Layout
@@ -41,7 +41,7 @@ class Share:
 
     @property
     def state_pieces(self) -> int:
-        """Into how many pieces the optimiser's states are cut: data- and context-parallel ranks share them."""
+        """Pieces the optimiser's states are cut into: data- and context-parallel ranks share them."""
         return 1 if self.layout.sharding == "none" else self.copies * self.layout.context
 
     @property

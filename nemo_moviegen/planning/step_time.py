@@ -136,6 +136,4 @@ def _data_parallel(held, link, settings, microbatch):
     if not settings.state_overlap:
         return scatter + gather
     backward, forward = microbatch * 2 / 3, microbatch / 3
-    return sum(
-        max(moved / 8, moved - behind) for moved, behind in ((scatter, backward), (gather, forward))
-    )
+    return sum(max(moved / 8, moved - behind) for moved, behind in ((scatter, backward), (gather, forward)))

@@ -23,7 +23,8 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
     """Train on the ranks this process was started among; returns the last step's metrics on rank 0.
 
     Ranks come from torchrun's environment; one process trains alone. A run folder with a checkpoint goes on
-    from it. ValueError where batch, manifest or run folder do not fit, before anything is built.
+    from it. ValueError where batch, manifest or run folder do not fit, before anything is built;
+    Stopped where the run was asked to end early (stopping.py).
     """
     num_ranks, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if recipe.layout.model_ranks > 1:
@@ -36,6 +37,7 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
     stand_in_for_cuda_in_nemo()
     quiet()  # NeMo sets up its own logger when it is imported
     from nemo_moviegen.training.autoencoder_module import AutoencoderModule
+    from nemo_moviegen.training.stopping import fit
 
     torch.manual_seed(recipe.seed)  # the same fresh weights on every rank
     module = AutoencoderModule(recipe, accumulate)
@@ -48,7 +50,7 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
     if rank == 0:
         write_recipe(recipe)
     trainer = _trainer(recipe, data, num_ranks)
-    trainer.fit(module, data)
+    fit(trainer, module, data)
     return getattr(trainer, "last_metrics", None)
 
 
@@ -138,8 +140,10 @@ def _trainer(recipe, data, num_ranks):
     import nemo.lightning as nl
 
     from nemo_moviegen.training.autoencoder_folder import RunFolder
+    from nemo_moviegen.training.heartbeat import Heartbeat
     from nemo_moviegen.training.loggers import loggers
     from nemo_moviegen.training.progress import ProgressPage
+    from nemo_moviegen.training.stopping import StopWhenAsked
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     trainer = nl.Trainer(
@@ -149,7 +153,7 @@ def _trainer(recipe, data, num_ranks):
         num_nodes=num_ranks // ranks_per_node,
         precision={"bf16": "bf16-mixed", "fp32": "32-true", "fp64": "64-true"}[recipe.precision],
         max_epochs=1,  # the data end with the run
-        callbacks=[RunFolder(recipe, data), ProgressPage(recipe)],
+        callbacks=[StopWhenAsked(recipe), RunFolder(recipe, data), ProgressPage(recipe), Heartbeat(recipe)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

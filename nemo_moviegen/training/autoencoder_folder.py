@@ -97,12 +97,17 @@ class RunFolder(pl.Callback):
         if trainer.is_global_zero:
             self._tell(trainer, module.step, values)
             if module.step % self.recipe.save_every == 0 or module.step == self.recipe.num_steps:
-                self._save(trainer, module)
+                self._save(module)
+                self._measure(trainer, module)
+            elif trainer.should_stop:
+                self._save(module)
 
-    def _save(self, trainer, module):
+    def _save(self, module):
         part = self.folder / f"{CHECKPOINT_FILE}.part"
         torch.save(module.state(), part)
         os.replace(part, self.folder / CHECKPOINT_FILE)
+
+    def _measure(self, trainer, module):
         found = heldout_psnr(module.measured, self.data)
         if found:
             trainer.last_metrics |= found

@@ -16,7 +16,7 @@ def train(recipe):
 
     Returns the last step's metrics on rank 0, None elsewhere. Ranks come from the launcher's environment
     (torchrun), one process trains alone. ValueError where layout, batch or data do not fit, before anything
-    is built.
+    is built; Stopped where the run was asked to end early (stopping.py).
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     if num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
@@ -30,13 +30,14 @@ def train(recipe):
     quiet()  # NeMo sets up its own logger when it is imported
     from nemo_moviegen.training.data import LatentDataModule
     from nemo_moviegen.training.module import FlowMatchingModule
+    from nemo_moviegen.training.stopping import fit
 
     data = LatentDataModule(recipe)
     module = FlowMatchingModule(recipe, uses_transformer_engine=fused, is_fresh=own is None)
     if int(os.environ.get("RANK", 0)) == 0:
         write_recipe(recipe)
     trainer = _trainer(recipe, module, data, num_ranks, own, other)
-    trainer.fit(module, data)
+    fit(trainer, module, data)
     return getattr(trainer, "last_metrics", None)
 
 
@@ -96,14 +97,16 @@ def _trainer(recipe, module, data, num_ranks, own, other):
 
 
 def _callbacks(recipe, module, data, own, other):
-    """In the order in which they see the end of a step: judged, compared, acted on, measured, saved."""
+    """In the order in which they see a step end: judged, compared, acted on, measured, stopped, saved."""
     from nemo_moviegen.training.callbacks import Metrics
     from nemo_moviegen.training.guard import SkipBadSteps
+    from nemo_moviegen.training.heartbeat import Heartbeat
     from nemo_moviegen.training.monitor import Monitor
     from nemo_moviegen.training.plateau import LowerOnPlateau
     from nemo_moviegen.training.progress import ProgressPage
     from nemo_moviegen.training.samples import Samples
     from nemo_moviegen.training.saving import Checkpoints
+    from nemo_moviegen.training.stopping import StopWhenAsked
     from nemo_moviegen.training.validation import ValidationLoss
 
     checkpoints = Checkpoints(recipe, own, other)
@@ -116,4 +119,8 @@ def _callbacks(recipe, module, data, own, other):
     if recipe.optim.decay == "plateau":
         checkpoints.plateau = module.plateau
         plateau = [LowerOnPlateau(recipe, validation)]
-    return [guard, monitor, validation, *plateau, samples, metrics, checkpoints, ProgressPage(recipe)]
+    stopping, heartbeat = StopWhenAsked(recipe), Heartbeat(recipe)
+    stopping.guard = guard
+    validating, sampling, saving = map(heartbeat.enters, ("validating", "sampling", "saving"))
+    measured = [guard, monitor, validating, validation, *plateau, sampling, samples, metrics]
+    return [*measured, stopping, saving, checkpoints, ProgressPage(recipe), heartbeat]

@@ -99,6 +99,7 @@ class Checkpoints(pl.Callback):
         if self.saved_step != trainer.global_step:
             self.save(trainer.global_step)
         self.writer.wait()
+        torch.distributed.barrier(self.writer.group)  # a launcher ends the others once one has ended
 
     def save(self, step):
         """Copy this rank's share and write it in the background."""

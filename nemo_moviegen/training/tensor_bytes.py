@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 TRACK = "MOVIEGEN_TRACK_MEMORY"
-"""Environment variable: 1 makes a run on a CPU count the bytes of its tensors (steps take up to twice as long)."""
+"""Environment variable: 1 makes a run on a CPU count the bytes of its tensors (steps take up to double)."""
 
 
 class TensorBytes(TorchDispatchMode):

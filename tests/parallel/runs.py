@@ -12,6 +12,7 @@ from random_latents import write_random_latents
 from ranks import run_on_ranks
 
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
+from nemo_moviegen.stopping import Stopped
 
 
 def write_latents(folder, num_samples=24, seed=0, shapes=(tiny.LATENT_SHAPE,)):
@@ -44,7 +45,10 @@ def recipe(folder, latents, **changes) -> VideoRecipe:
 
 
 def train_on_ranks(run, num_ranks, before=None):
-    """Train `run` on forked ranks; `before()` runs in each first and may break something."""
+    """Train `run` on forked ranks; `before()` runs in each first and may break something.
+
+    Returns what each rank's training returned: metrics, or a `Stopped`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -70,7 +74,10 @@ def _train(run, port, store, before):
 
     if before is not None:
         before()
-    metrics = train(run)
+    try:
+        metrics = train(run)
+    except Stopped as stopped:
+        metrics = stopped
     if not dist.is_initialized():
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=num_ranks)
     return metrics
