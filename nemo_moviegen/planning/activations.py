@@ -1,9 +1,9 @@
 """Bytes of activations: what each layer keeps for the backward pass, and what works on top of it.
 
-What a layer keeps is a table of the tensors autograd saves in `video/layer.py`, by name; tests compare
-its sum
-with what a built model saves, and the peak with the tensors of whole training steps. In hidden states a token
-(tensor 1, the 30B model's proportions): 30 with megatron's local kernels, 23 with Transformer Engine's.
+What a layer keeps is a table of the tensors autograd saves in `video/layer.py`, by name; tests compare its
+sum with what a built model saves, and the peak with the tensors of whole training steps. In hidden states
+a token (tensor 1, the 30B model's proportions): 30 with megatron's local kernels, 23 with Transformer
+Engine's.
 
     recomputation   a layer keeps                  its backward pass works on
     none            all of the table               gradients
