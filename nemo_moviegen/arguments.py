@@ -98,7 +98,8 @@ def _parser():
     add(
         "--buckets",
         default="single",
-        help="single (one shape for all), or what each clip fits of video_768, video_256, tiny (%(default)s)",
+        help="single (one shape for all), or what each clip fits of video_768, video_256, sft_768, "
+        "image_256, image_1024, ablation_192, tiny (%(default)s)",
     )
     add("--task", type=_task, default=(0, 1), metavar="I/N", help="be one of N tasks that share the work")
     add("--frames", type=int, help="frames of a clip; this and the next two default to the autoencoder's own")

@@ -55,7 +55,7 @@ class BucketSet:
 
     name: str
     durations: tuple[DurationBucket, ...]
-    """From short to long, each starting where the one before ends."""
+    """From short to long, each starting where the one before ends; none = images only."""
     sizes: tuple[tuple[int, int], ...]
     """(height_px, width_px), one for each aspect ratio."""
     image_fps: float = 16.0
@@ -69,10 +69,9 @@ class BucketSet:
                     f"starts at {after.shortest_seconds:g} s: let each start where the one before ends"
                 )
         ratios = {height / width for height, width in self.sizes}
-        if not self.durations or not self.sizes or len(ratios) < len(self.sizes):
+        if not self.sizes or len(ratios) < len(self.sizes):
             raise ValueError(
-                f"buckets {self.name}: {len(self.durations)} durations, sizes {self.sizes}: "
-                "give one duration or more, and one size for each aspect ratio"
+                f"buckets {self.name}: sizes {self.sizes}: give one size for each aspect ratio, at least one"
             )
 
     @property
@@ -93,7 +92,7 @@ class BucketSet:
 
 
 def bucket_set(name) -> BucketSet:
-    """video_256 or video_768 (Table 2 at the paper's two resolutions), or tiny, which is the demo's."""
+    """A set of `BUCKET_SETS` by its name; ValueError with the known ones."""
     if name not in BUCKET_SETS:
         raise ValueError(f"there are no buckets called {name!r}; use {', '.join(BUCKET_SETS)}")
     return BUCKET_SETS[name]
@@ -113,6 +112,13 @@ TABLE_2 = (
 _SIZES_768 = ((768, 768), (672, 896), (896, 672), (576, 1024), (1024, 576))
 # A third of those, to the patch: 256 or 252 tokens. 224x304 is nearer to 4:3, but tensor 4 leaves 2 of 266.
 _SIZES_256 = ((256, 256), (224, 288), (288, 224), (192, 336), (336, 192))
+# s3.3: finetuning has clips of 10.6 to 16 s at 24 frames a second, and of 16 s at 16.
+_SFT = (
+    DurationBucket(shortest_seconds=_AT_24, longest_seconds=16, num_frames=256, fps=24),
+    DurationBucket(shortest_seconds=16, longest_seconds=120, num_frames=256, fps=16),
+)
+# s3.7 states 1024 px; the sizes are our default, as those of 768: 4,096 or 4,032 tokens.
+_SIZES_1024 = ((1024, 1024), (896, 1152), (1152, 896), (768, 1344), (1344, 768))
 
 BUCKET_SETS = {
     buckets.name: buckets
@@ -127,5 +133,12 @@ BUCKET_SETS = {
             ),
             sizes=((64, 64), (48, 96)),
         ),
+        BucketSet(name="tiny_image", durations=(), sizes=((64, 64),)),
+        BucketSet(name="sft_768", durations=_SFT, sizes=_SIZES_768),
+        BucketSet(
+            name="image_256", durations=(), sizes=_SIZES_256[:1]
+        ),  # s3.1.3: aspect ratios come with clips
+        BucketSet(name="image_1024", durations=(), sizes=_SIZES_1024),
+        BucketSet(name="ablation_192", durations=TABLE_2[:1], sizes=((192, 352),)),  # s3.6.2: 352x192, 4-8 s
     )
 }

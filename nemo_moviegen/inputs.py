@@ -40,6 +40,9 @@ class LatentData:
 
     folder: str
     """Folder with the shards, their index and their statistics."""
+    buckets: str = ""
+    """Bucket set the stage trains on (buckets.py): the layout must divide its shapes, the folder have no
+    others. Empty = whatever shapes the folder has."""
     image_every: int = 11
     """One iteration in this many takes images: 11 is the paper's 1:10, 1 images only, 0 none."""
     prompt_drop: float = 0.1
@@ -85,6 +88,11 @@ class Bucket:
         for name in ("num_frames", "height_px", "width_px", "fps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"bucket.{name} is {getattr(self, name)}; use a number above 0")
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(frames, height, width) of its latents, the paper's 8x8x8; part of a latent frame counts as one."""
+        return -(-self.num_frames // 8), self.height_px // 8, self.width_px // 8
 
 
 @dataclass(frozen=True, kw_only=True)

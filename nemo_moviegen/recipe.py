@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from nemo_moviegen.buckets import bucket_set
 from nemo_moviegen.inputs import Bucket as Bucket  # as its fields, from here too
 from nemo_moviegen.inputs import ClipData as ClipData
 from nemo_moviegen.inputs import LatentData as LatentData
@@ -15,6 +16,9 @@ from nemo_moviegen.layout import Layout as Layout
 from nemo_moviegen.layout import nearest_bucket
 from nemo_moviegen.objectives import AutoencoderLosses as AutoencoderLosses
 from nemo_moviegen.objectives import DiscriminatorSettings as DiscriminatorSettings
+from nemo_moviegen.optim import Optim as Optim
+from nemo_moviegen.optim import Plateau as Plateau
+from nemo_moviegen.precision import FP8_ROWS, PRECISIONS, check_fp8, is_fp8, is_mixed
 from nemo_moviegen.progress import Progress as Progress
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
@@ -27,42 +31,6 @@ RECIPE_FILE = "recipe.yaml"
 """In the folder of every run: its recipe."""
 METRICS_FILE = "metrics.jsonl"
 """Beside it: what the run measured, a line a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optim:
-    """The optimiser. The paper states only the learning rates (Table 3); the rest is our default."""
-
-    learning_rate: float
-    kind: str = "adamw"
-    """adamw; or muon, for autoencoders only: megatron's optimisers have none."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_grad: float = 1.0
-    """Largest norm of the gradient over all parameters."""
-    warmup_steps: int = 2000
-    """Linear from zero; constant afterwards, or cosine where `decay` says so."""
-    decay: str = "constant"
-    """constant or cosine (to a tenth of the peak at the last step)."""
-
-    def __post_init__(self):
-        if self.kind not in ("adamw", "muon"):
-            raise ValueError(f"optim.kind is {self.kind!r}; use adamw or muon")
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"optim.decay is {self.decay!r}; use constant or cosine")
-        for name in ("learning_rate", "eps", "clip_grad"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; use a number above 0")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} is {getattr(self, name)}; use 0 or more and less than 1")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0 and self.warmup_steps >= 0):
-            raise ValueError(
-                f"optim.weight_decay {self.weight_decay} and optim.warmup_steps {self.warmup_steps} "
-                "must not be negative"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +47,11 @@ class Recipe:
     """Samples a model copy takes at once; the rest of its share is accumulated."""
     num_steps: int
     seed: int = 0
+    image_batch: int = 0
+    """Images of an image step, all ranks; 0 = global_batch. An image is a fraction of the work of a clip."""
     precision: str = "bf16"
-    """bf16 (fp32 main weights and gradient reduction), fp32, or fp64 for parity tests."""
+    """bf16 (fp32 main weights and gradient reduction); fp8_delayed, fp8_current or fp8_block (the same, and
+    the layers' linears in FP8: precision.py); fp32; or fp64 for parity tests."""
     output: str
     """Folder of checkpoints and logs; a run that finds its own checkpoint there goes on from it."""
     save_every: int = 1000
@@ -92,13 +63,23 @@ class Recipe:
     log_every: int = 10
 
     def __post_init__(self):
-        if self.precision not in ("bf16", "fp32", "fp64"):
-            raise ValueError(f"precision is {self.precision!r}; use bf16, fp32 or fp64")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; use {', '.join(PRECISIONS)}")
         for name in ("global_batch", "micro_batch", "num_steps", "save_every", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
         if self.keep_every < 0:
             raise ValueError(f"keep_every is {self.keep_every}; use 0 for none, or a number of steps")
+        if self.image_batch % self.global_batch or self.image_batch < 0:
+            raise ValueError(
+                f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
+                f"multiple of global_batch {self.global_batch}"
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of an image step, all ranks: in as many micro-batches as clips, each so much larger."""
+        return self.image_batch or self.global_batch
 
     def num_microbatches(self, num_ranks: int) -> int:
         """Micro-batches each model copy accumulates; ValueError if the batch does not divide."""
@@ -118,7 +99,7 @@ class VideoRecipe(Recipe):
     size: TransformerSize
     data: LatentData
     latent_frames: int
-    """Largest latent (frames, height, width) of the stage: what the layout must divide."""
+    """Latent (frames, height, width) of the stage's longest clip at its first aspect ratio."""
     latent_height: int
     latent_width: int
     init_from: str = ""
@@ -129,6 +110,8 @@ class VideoRecipe(Recipe):
     """Checkpoints of the lowest validation loss that stay as well."""
     guidance_scale: float = 7.5
     """Classifier-free guidance of samples from this model (s3.4)."""
+    bf16_layers: int = 0
+    """Layers at each end of the decoder that stay in bf16 under an FP8 precision; no effect otherwise."""
     guard: Guard = field(default_factory=Guard)
     validation: Validation = field(default_factory=Validation)
     progress: Progress = field(default_factory=Progress)
@@ -157,11 +140,25 @@ class VideoRecipe(Recipe):
         # Images first: a bucket that fits one frame fits any number of them
         for frames in sorted({1 if self.data.image_every else self.latent_frames, self.latent_frames}):
             self.check_tokens((frames, self.latent_height, self.latent_width))
+        for shape in self.bucket_shapes:
+            self.check_tokens(shape)
         self.data.token_limits.check(self.size.contexts)
+        if self.optim.decay == "plateau" and not self.validation.every:
+            raise ValueError(
+                f"{self.name}: optim.decay=plateau follows the validation loss, and validation.every is 0: "
+                "set validation.every to steps between measurements, or optim.decay to constant or cosine"
+            )
+        if self.bf16_layers < 0 or 2 * self.bf16_layers > self.size.num_layers:
+            raise ValueError(
+                f"{self.name}: bf16_layers {self.bf16_layers} at each end of {self.size.num_layers} layers: "
+                f"use 0 to {self.size.num_layers // 2}"
+            )
+        if is_fp8(self.precision):
+            check_fp8(self)
 
     def _check_context(self):
         layout, heads = self.layout, self.size.num_heads // self.layout.tensor
-        if layout.context_comm != "all_gather" and self.precision != "bf16":
+        if layout.context_comm != "all_gather" and not is_mixed(self.precision):
             raise ValueError(
                 f"{self.name}: layout.context_comm={layout.context_comm} is Transformer Engine's, which runs "
                 f"in bf16 and not in {self.precision}: set layout.context_comm=all_gather or precision=bf16"
@@ -173,7 +170,7 @@ class VideoRecipe(Recipe):
                 f"{layout.tensor} leaves {heads}: use {fitting} as layout.context, or another "
                 "layout.context_comm"
             )
-        if self.precision == "bf16" and self.size.head_width % 8:
+        if is_mixed(self.precision) and self.size.head_width % 8:
             raise ValueError(
                 f"{self.name}: heads of width {self.size.head_width} can not be split over context ranks by "
                 "Transformer Engine (bf16): make size.width / size.num_heads a multiple of 8, or set "
@@ -187,7 +184,7 @@ class VideoRecipe(Recipe):
                 "is one pack: set micro_batch=1, or data.batching=bucket"
             )
         comm = self.layout.context_comm
-        if self.precision == "bf16" and self.layout.context > 1 and comm != "p2p":
+        if is_mixed(self.precision) and self.layout.context > 1 and comm != "p2p":
             raise ValueError(
                 f"{self.name}: Transformer Engine (bf16) splits packs over context ranks by p2p, and "
                 f"layout.context_comm is {comm}: set layout.context_comm=p2p, layout.context=1, or "
@@ -199,6 +196,26 @@ class VideoRecipe(Recipe):
         """Tokens a pack may hold (`data.batching=packed`): those of the largest latent."""
         return self.size.num_tokens((self.latent_frames, self.latent_height, self.latent_width))
 
+    @property
+    def bucket_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Latents (T, H, W) of `data.buckets` of the kinds this recipe trains on; () where it names none."""
+        if not self.data.buckets:
+            return ()
+        image_every = self.data.image_every
+        shapes = [bucket.latent_shape for bucket in bucket_set(self.data.buckets).buckets]
+        return tuple(shape for shape in shapes if (image_every > 0 if shape[0] == 1 else image_every != 1))
+
+    def check_shapes(self, latent_shapes):
+        """ValueError where a trained latent (T, H, W) does not fit the layout or is of no bucket of ours."""
+        for shape in map(tuple, latent_shapes):
+            self.check_tokens(shape)
+            if self.bucket_shapes and shape not in self.bucket_shapes:
+                raise ValueError(
+                    f"{self.name} trains on the buckets {self.data.buckets}; {'x'.join(map(str, shape))} in "
+                    f"{self.data.folder} is none of them: encode with --buckets {self.data.buckets}, or set "
+                    "data.buckets (empty = whatever the folder has)"
+                )
+
     def check_tokens(self, latent_shape):
         """ValueError where the tokens of a latent (T, H, W) do not split over the layout.
 
@@ -207,17 +224,24 @@ class VideoRecipe(Recipe):
         """
         tokens, context = self.size.num_tokens(latent_shape), self.layout.context
         sequence = self.layout.tensor if self.layout.sequence else 1
-        divisor, halves = context * sequence, 2 * context
-        if tokens % divisor:
-            problem = f"do not split over context {context} x sequence-parallel {sequence}"
-        elif self.precision == "bf16" and context > 1 and tokens % halves:
+        samples = self.micro_batch * (
+            self.images_per_step // self.global_batch if latent_shape[0] == 1 else 1
+        )
+        divisors = {f"do not split over context {context} x sequence-parallel {sequence}": context * sequence}
+        if is_mixed(self.precision) and context > 1:
             problem = (
                 f"leave an odd number to a rank of context {context}: Transformer Engine (bf16) halves it"
             )
-        else:
+            divisors[problem] = 2 * context
+        if is_fp8(self.precision):
+            problem = (
+                f"in micro-batches of {samples} on context {context} are no {FP8_ROWS}s, which FP8 needs"
+            )
+            divisors[problem] = context * FP8_ROWS // math.gcd(FP8_ROWS, samples)
+        problem = next((problem for problem, divisor in divisors.items() if tokens % divisor), None)
+        if problem is None:
             return
-        if self.precision == "bf16" and context > 1:
-            divisor = math.lcm(divisor, halves)
+        divisor = math.lcm(*divisors.values())
         nearest = nearest_bucket(self.size, latent_shape, divisor)
         named = ""
         if nearest is not None:
@@ -240,18 +264,16 @@ class TaeRecipe(Recipe):
     init_from: str = ""
     """Run folder of an autoencoder, or a folder of diffusers' AutoencoderKL; one that is 2D is inflated.
     Empty = fresh weights."""
-    image_batch: int = 0
-    """Images of an image step, all ranks; 0 = global_batch. An image is a fraction of the work of a clip."""
     ema_decay: float = 0.0
     """Of a moving average of the weights, which is what is loaded from the run; 0 = none."""
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.image_batch and self.image_batch % self.global_batch:
+        if is_fp8(self.precision) or self.optim.decay == "plateau":
             raise ValueError(
-                f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
-                f"multiple of global_batch {self.global_batch}"
+                f"{self.name}: precision={self.precision} and optim.decay={self.optim.decay}: an autoencoder "
+                "trains in bf16, fp32 or fp64, with optim.decay constant or cosine"
             )
         if self.progress.samples_every:
             raise ValueError(f"{self.name}: an autoencoder takes no prompts: set progress.samples_every=0")

@@ -36,9 +36,14 @@ def find_size(name):
 
 
 def recipes_table():
-    """A rich table with a row for each recipe."""
+    """A rich table with a row for each recipe, those of one file together."""
     table = _table("recipe", "cluster", "ranks", "layout", "global batch", "steps", "what")
+    before = ""
     for name, function in recipes.RECIPES.items():
+        family = name.partition(".")[0]
+        if before and family != before:
+            table.add_section()
+        before = family
         recipe, what = function(), function.__doc__.strip().splitlines()[0]
         ranks, layout = read_cluster(recipe.cluster).num_ranks, recipe.layout
         axes = f"TP{layout.tensor} CP{layout.context} DP{layout.data_parallel(ranks)}"

@@ -1,7 +1,7 @@
 """What is trained, and on which clips: argument-free functions. These tables are the only registries."""
 
 from nemo_moviegen.settings import nearest
-from recipes import curation, tae, tiny, video_30b
+from recipes import ablation_5b, curation, post_training, tae, tiny, video_30b
 
 RECIPES = {
     "tae.image_init": tae.image_init,
@@ -13,13 +13,15 @@ RECIPES = {
     "tae.small_opl": tae.small_opl,
     "tiny.t2i": tiny.t2i,
     "tiny.t2iv": tiny.t2iv,
-    "video_30b.t2i_256_1536": video_30b.t2i_256_1536,
-    "video_30b.t2iv_256_3072": video_30b.t2iv_256_3072,
-    "video_30b.t2iv_256_6144": video_30b.t2iv_256_6144,
-    "video_30b.t2iv_768_6144_a": video_30b.t2iv_768_6144_a,
-    "video_30b.t2iv_768_6144_b": video_30b.t2iv_768_6144_b,
-    "video_30b.t2iv_768_cp2_6144": video_30b.t2iv_768_cp2_6144,
-    "video_30b.t2iv_768_cp2_4096": video_30b.t2iv_768_cp2_4096,
+    **{f"tiny.{name}": twin for name, twin in tiny.TWINS.items()},
+    "ablation_5b.t2i": ablation_5b.t2i,
+    "ablation_5b.t2iv": ablation_5b.t2iv,
+    **{f"video_30b.{row.__name__}": row for row in video_30b.TABLE_3},
+    **{f"video_30b.{row.__name__}_fp8": video_30b.in_fp8(row) for row in video_30b.TABLE_3},
+    "video_30b.t2iv_768_6144_plateau": video_30b.t2iv_768_6144_plateau,
+    "video_30b.sft": post_training.sft,
+    "video_30b.t2i_1024": post_training.t2i_1024,
+    "video_30b.t2i_quality": post_training.t2i_quality,
 }
 
 CURATION = {

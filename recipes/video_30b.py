@@ -10,14 +10,40 @@ selectively and does not say what. Here 256 px recomputes the feed-forward and 7
 of 73,728 tokens over TP 4, selective would keep 160 GB of activations a rank and full keeps 11 (what a layer
 keeps of a token is measured: video/model.py).
 
-The latents are read from data/latents_256 and data/latents_768 below the cluster's root; `moviegen encode`
-writes such folders.
+Each stage names its buckets, and every shape of them must divide by the layout: square images first, for the
+16 patches of the first tables, then Table 2's durations in five aspect ratios. `moviegen encode --buckets`
+writes data/latents_image_256, data/latents_256 and data/latents_768 below the cluster's root.
+
+The paper lowered the rate of the 768 px stages where the validation loss stopped falling, and Table 3 is the
+result: the rows have its rates, and `t2iv_768_6144_plateau` lets the run find its own.
+
+Each row has an FP8 variant, its name and `_fp8`: the same run from the same weights, so the two compare.
 """
 
 from dataclasses import replace
 
-from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
+from nemo_moviegen.recipe import LatentData, Layout, Optim, Validation, VideoRecipe
 from nemo_moviegen.sizes import VIDEO_30B
+
+
+def in_fp8(function):
+    """The recipe function of the FP8 variant: scales from the present tensors, first and last layer in bf16.
+
+    The paper states no precision: this is our default, as is everything of FP8 (nemo_moviegen/precision.py).
+    """
+
+    def variant() -> VideoRecipe:
+        base = function()
+        return replace(
+            base,
+            name=f"{base.name}_fp8",
+            precision="fp8_current",
+            bf16_layers=1,
+            output=f"{base.output}_fp8",
+        )
+
+    variant.__doc__ = f"FP8: {function.__doc__}"
+    return variant
 
 
 def t2i_256_1536() -> VideoRecipe:
@@ -31,7 +57,7 @@ def t2i_256_1536() -> VideoRecipe:
         cluster="h100_1536",
         layout=Layout(tensor=1, context=1, sharding="full"),
         size=replace(VIDEO_30B, max_frames=1, max_height=16, max_width=16),
-        data=LatentData(folder="data/latents_256", image_every=1),
+        data=LatentData(folder="data/latents_image_256", buckets="image_256", image_every=1),
         latent_frames=1,
         latent_height=32,
         latent_width=32,
@@ -57,7 +83,7 @@ def t2iv_256_3072() -> VideoRecipe:
         cluster="h100_3072",
         layout=replace(base.layout, tensor=4, recompute="selective"),
         size=replace(base.size, max_frames=32, max_height=32, max_width=32),
-        data=replace(base.data, image_every=11),
+        data=LatentData(folder="data/latents_256", buckets="video_256", image_every=11),
         latent_frames=32,
         optim=replace(base.optim, learning_rate=6e-5),
         global_batch=1536,
@@ -97,7 +123,7 @@ def t2iv_768_6144_a() -> VideoRecipe:
         name="video_30b.t2iv_768_6144_a",
         layout=replace(base.layout, recompute="full"),
         size=replace(base.size, max_height=96, max_width=96),
-        data=replace(base.data, folder="data/latents_768"),
+        data=replace(base.data, folder="data/latents_768", buckets="video_768"),
         latent_height=96,
         latent_width=96,
         global_batch=1536,
@@ -121,6 +147,22 @@ def t2iv_768_6144_b() -> VideoRecipe:
         num_steps=11_000,
         output="runs/video_30b/t2iv_768_6144_b",
         init_from=base.output,
+    )
+
+
+def t2iv_768_6144_plateau() -> VideoRecipe:
+    """Rows 4 and 5 of Table 3 as one run (s3.2) that finds its rates: halved where validation loss stalls.
+
+    30.6k iterations from 6e-5. When a loss counts as stalled is our default (`optim.plateau`).
+    """
+    base = t2iv_768_6144_a()
+    return replace(
+        base,
+        name="video_30b.t2iv_768_6144_plateau",
+        optim=replace(base.optim, decay="plateau"),
+        num_steps=base.num_steps + t2iv_768_6144_b().num_steps,
+        output="runs/video_30b/t2iv_768_6144_plateau",
+        validation=Validation(every=250),
     )
 
 
@@ -159,3 +201,15 @@ def t2iv_768_cp2_4096() -> VideoRecipe:
         output="runs/video_30b/t2iv_768_cp2_4096",
         init_from=base.output,
     )
+
+
+TABLE_3 = (
+    t2i_256_1536,
+    t2iv_256_3072,
+    t2iv_256_6144,
+    t2iv_768_6144_a,
+    t2iv_768_6144_b,
+    t2iv_768_cp2_6144,
+    t2iv_768_cp2_4096,
+)
+"""Its rows, in order."""

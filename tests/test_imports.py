@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
-    {"settings", "sizes", "layout", "inputs", "objectives", "spikes", "validation", "windows"}
+    {"settings", "sizes", "layout", "inputs", "objectives", "optim", "precision", "spikes", "validation"}
     | {"heartbeat", "progress"},
-    {"flops", "recipe", "buckets"},
+    {"flops", "buckets", "windows"},
+    {"recipe"},
     {"cluster", "batch", "flow", "prompts", "video_files", "watch", "utilisation"},
     {"data", "tae", "text_encoders", "video", "live"},
     {"sampling"},
@@ -29,6 +30,8 @@ NO_TORCH = (
     "layout",
     "inputs",
     "objectives",
+    "optim",
+    "precision",
     "spikes",
     "validation",
     "progress",

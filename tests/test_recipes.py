@@ -107,7 +107,7 @@ def test_overrides_are_checked_together_not_one_by_one():
         ("size.contexts.0.tokens=3", "did you mean 'size.contexts.0.max_tokens'"),
         ("size.contexts.7.width=3", "did you mean 'size.contexts.0.width'"),
         ("data=3", "did you mean 'data.batching'"),
-        ("zzz=1", "known: cluster, data.batching, data.folder"),
+        ("zzz=1", "known: bf16_layers, cluster, data.batching"),
         ("num_steps", "'num_steps' is not an assignment: write key=value"),
         ("num_steps=many", "'many' of type 'str' could not be converted to Integer"),
         ("num_steps=3.5", "'3.5' of type 'float' could not be converted to Integer"),
@@ -123,7 +123,7 @@ def test_overrides_are_checked_together_not_one_by_one():
         ("optim.beta2=1", "optim.beta2 is 1.0; use 0 or more and less than 1"),
         ("data.prompt_drop=2", "data.prompt_drop is 2.0; it is a share"),
         ("data.prefetch=-1", "data.prefetch is -1; use 0 or more"),
-        ("precision=bf8", "precision is 'bf8'; use bf16, fp32 or fp64"),
+        ("precision=bf8", "precision is 'bf8'; use bf16, fp8_delayed, fp8_current, fp8_block, fp32, fp64"),
         ("output=${nowhere}", "Interpolation key 'nowhere' not found"),
     ],
 )

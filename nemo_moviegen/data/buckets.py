@@ -1,5 +1,6 @@
 """Which clip goes to which bucket, and why some go to none (s3.2.1, Table 2)."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,8 @@ MOST_ENLARGED = 1.05
 """How far a picture may be enlarged to fill the bucket (our default)."""
 MOST_FRAMES = 4 / 3 * 1.002
 """Frames a bucket may ask for each of the source's: Table 2 asks 32 fps of 4 s, film has 24 or 24 / 1.001."""
+_OUTSIDE = (3, 4)
+"""The problems of a clip that is too short or too long."""
 _ROUNDING_SECONDS = 1e-6  # of a clip's span: 3 * 1.1 - 2 * 1.1 is no 1.1
 
 
@@ -38,7 +41,9 @@ class Assignment:
     def reason(self, row) -> str:
         """Why the clip of this row is refused: what it has, what it needs, what to do; "" where it is not."""
         clip, name, durations = self.clips[row], self.bucket_set.name, self.bucket_set.durations
-        shortest, longest = durations[0].shortest_seconds, durations[-1].longest_seconds
+        if not durations and self.problem_N[row] in _OUTSIDE:
+            return f"it is a clip, and {name} takes images only: use buckets of clips or leave it out"
+        shortest, longest = _bounds(self.bucket_set)[0], _bounds(self.bucket_set)[-1]
         seconds, size = clip.end_seconds - clip.start_seconds, f"{clip.width_px}x{clip.height_px} px"
         height, width = self.bucket_set.sizes[_nearest_sizes(self.bucket_set, clip.height_px, clip.width_px)]
         kept, enlarged = _fit(clip.height_px, clip.width_px, height, width)
@@ -74,8 +79,8 @@ def assign(clips, bucket_set) -> Assignment:
     )
     row_N = _duration_rows(bucket_set, end_N - start_N)
     outside_N = [(row_N == place) & ~image_N for place in (-1, len(bucket_set.durations))]
-    row_N = np.clip(row_N, 0, len(bucket_set.durations) - 1)
-    frames_N = np.where(image_N, 1, np.array([d.num_frames for d in bucket_set.durations])[row_N])
+    row_N = np.clip(row_N, 0, max(0, len(bucket_set.durations) - 1))
+    frames_N = np.where(image_N, 1, np.array([d.num_frames for d in bucket_set.durations] or [1])[row_N])
     start_N, end_N, fps_N = _spans(bucket_set, row_N, image_N, frames_N, start_N, end_N)
 
     size_N = _nearest_sizes(bucket_set, height_N, width_N)
@@ -106,14 +111,18 @@ def assign(clips, bucket_set) -> Assignment:
 
 def _duration_rows(bucket_set, seconds_N):
     """Number of each clip's duration; -1 for a shorter one, the number of durations for a longer one."""
-    bounds = [duration.shortest_seconds for duration in bucket_set.durations]
-    bounds.append(bucket_set.durations[-1].longest_seconds)
-    return np.searchsorted(bounds, seconds_N + _ROUNDING_SECONDS, side="right") - 1
+    return np.searchsorted(_bounds(bucket_set), seconds_N + _ROUNDING_SECONDS, side="right") - 1
+
+
+def _bounds(bucket_set):
+    """Where durations begin and the last ends, rising; of images only where no clip is: at infinity."""
+    starts = [duration.shortest_seconds for duration in bucket_set.durations]
+    return starts + ([duration.longest_seconds for duration in bucket_set.durations[-1:]] or [math.inf])
 
 
 def _spans(bucket_set, row_N, image_N, frames_N, start_N, end_N):
     """(start, end, frames a second) of what the bucket takes of each clip: all of it, or its middle."""
-    fixed_N = np.array([duration.fps for duration in bucket_set.durations], float)[row_N]
+    fixed_N = np.array([duration.fps for duration in bucket_set.durations] or [0], float)[row_N]
     seconds_N = end_N - start_N
     with np.errstate(divide="ignore", invalid="ignore"):
         taken_N = np.where((fixed_N > 0) & ~image_N, np.minimum(frames_N / fixed_N, seconds_N), seconds_N)

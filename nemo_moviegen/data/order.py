@@ -49,9 +49,10 @@ class BatchOrder:
     `step % image_every == image_every - 1` (1: all of them, 0: none), and always of one shape. Of bucket and
     balanced, the shapes of a kind take turns in proportion to their numbers of samples.
 
-    A step has `global_batch` samples, packed ones `global_batch` packs, and the same ones whatever the number
-    of copies that share them: a run resumed on other ranks repeats and skips nothing. `micro_batch` may
-    change as well, but not of balanced, which takes so many neighbours of a shape at once.
+    A step has `global_batch` samples, packed ones `global_batch` packs, image steps `image_batch` images in
+    as many micro-batches (0: global_batch), and the same ones whatever the number of copies that share them:
+    a run resumed on other ranks repeats and skips nothing. `micro_batch` may change as well, but not of
+    balanced, which takes so many neighbours of a shape at once.
 
     `num_tokens` says how many tokens a latent shape has, `cost` = (a, b) that S of them cost a * S + b * S**2
     (`flops.token_cost`); `max_tokens` of a pack is by default the longest clip's.
@@ -67,12 +68,14 @@ class BatchOrder:
         image_every,
         *,
         micro_batch=1,
+        image_batch=0,
         batching="bucket",
         cost=None,
         num_tokens=math.prod,
         max_tokens=0,
     ):
         self.global_batch, self.image_every, self.micro_batch = global_batch, image_every, micro_batch
+        self.image_batch = image_batch or global_batch
         self.batching = batching
         self._check_settings(cost)
         self.shapes, self._counts_S, self._rows = _rows_by_shape(latent_shapes)
@@ -82,8 +85,11 @@ class BatchOrder:
         self._first_S = np.cumsum(self._counts_S) - self._counts_S
         self._keys_S = np.array([key_of(seed, shape) for shape in self.shapes], np.uint64)
         self._pack_key = key_of(seed, "packs")
-        self.tokens_S = np.array([num_tokens(shape) for shape in self.shapes])
-        """Tokens of a sample of each of `shapes`."""
+        trained = {shape for kind, needed in self._needs().items() if needed for shape in self._kinds[kind]}
+        self.tokens_S = np.array(
+            [s in trained and num_tokens(self.shapes[s]) for s in range(len(self.shapes))], int
+        )
+        """Tokens of a sample of each of `shapes`; 0 of a kind that no step takes: no model may hold it."""
         linear, quadratic = cost or (1, 0)  # bucket deals without them
         self._cost_S = linear * self.tokens_S.astype(float) + quadratic * self.tokens_S.astype(float) ** 2
         if batching == "packed" and self._kinds["video"]:
@@ -176,13 +182,15 @@ class BatchOrder:
         before = images_before if kind == "image" else step - images_before
         if kind == "video" and self.batching == "packed":
             return self._packs(before)
-        size = self.micro_batch if kind == "video" and self.batching == "balanced" else self.global_batch
-        num_turns = self.global_batch // size
+        num_samples = self.image_batch if kind == "image" else self.global_batch
+        size = self.micro_batch if kind == "video" and self.batching == "balanced" else num_samples
+        num_turns = num_samples // size
         shape_U, number_U = self._turns(kind, before * num_turns + np.arange(num_turns))
         shape_N = np.repeat(shape_U, size)
         place_N = (number_U[:, None] * size + np.arange(size)).ravel()
         epochs_N, ranks_N = np.divmod(place_N, self._counts_S[shape_N])
-        sizes_P = np.full(self.global_batch // self.micro_batch, self.micro_batch)
+        num_pieces = self.global_batch // self.micro_batch
+        sizes_P = np.full(num_pieces, num_samples // num_pieces)
         return self._rows_at(shape_N, epochs_N, ranks_N), epochs_N, shape_N, sizes_P
 
     def _packs(self, before):
@@ -242,6 +250,11 @@ class BatchOrder:
                 f"global_batch {self.global_batch} is no multiple of micro_batch {self.micro_batch}: "
                 "change one of them"
             )
+        if self.image_batch < 1 or self.image_batch % self.global_batch:
+            raise ValueError(
+                f"image_batch {self.image_batch} is no multiple of global_batch {self.global_batch}: change "
+                "one of them, or set image_batch=0 for as many images as clips"
+            )
         if self.batching not in ("bucket", "balanced", "packed"):
             raise ValueError(f"data.batching is {self.batching!r}; use bucket, balanced or packed")
         if self.batching == "packed" and self.micro_batch != 1:
@@ -253,9 +266,11 @@ class BatchOrder:
                 f"data.batching={self.batching} deals samples by cost: give flops.token_cost(size)"
             )
 
+    def _needs(self):
+        return {"image": self.image_every > 0, "video": self.image_every != 1}
+
     def _check_kinds(self, num_rows):
-        needs = {"image": self.image_every > 0, "video": self.image_every != 1}
-        for kind, needed in needs.items():
+        for kind, needed in self._needs().items():
             if needed and not self._kinds[kind]:
                 raise ValueError(
                     f"image_every is {self.image_every}, but none of the {num_rows} samples are "

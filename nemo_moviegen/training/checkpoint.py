@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_moviegen.precision import is_mixed
 from nemo_moviegen.recipe import RECIPE_FILE, Layout, VideoRecipe, read_recipe
 from nemo_moviegen.training.record import quiet
 from nemo_moviegen.training.stages import check_transition
@@ -136,6 +137,8 @@ def _check_same_run(recipe):
         for name in ("folder", "image_every", "batching")
         if getattr(theirs.data, name) != getattr(recipe.data, name)
     ]
+    if theirs.global_batch == recipe.global_batch and theirs.images_per_step != recipe.images_per_step:
+        changed.append(f"image_batch {theirs.images_per_step} instead of {recipe.images_per_step}")
     if recipe.data.batching == "balanced" and theirs.micro_batch != recipe.micro_batch:
         changed.append(f"micro_batch {theirs.micro_batch} instead of {recipe.micro_batch}")
     if recipe.data.batching == "packed" and theirs.pack_tokens != recipe.pack_tokens:
@@ -200,7 +203,10 @@ def load_video_model(run_folder, layout=None, *, weights=None):
 
     layout = layout or Layout()
     join_process_groups(layout)
-    precision = recipe.precision if on_gpu or recipe.precision == "fp64" else "fp32"
+    if recipe.precision == "fp64":
+        precision = "fp64"
+    else:
+        precision = "bf16" if on_gpu and is_mixed(recipe.precision) else "fp32"
     model = VideoTransformer(video_config(recipe.size, layout, precision), seed=None)
     if on_gpu:
         model.cuda()

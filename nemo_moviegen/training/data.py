@@ -1,6 +1,7 @@
 """Latents to micro-batches: which samples this model copy takes at which step, and what prompts it sees."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.flops import token_cost
+from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.training.text import with_text
 
 
@@ -30,6 +32,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
     def __init__(self, source, order, recipe, copy, num_copies, first_step):
         self.source, self.order, self.recipe, self.first_step = source, order, recipe, first_step
         self.copy, self.num_copies = copy, num_copies
+        self._pad = "max" if is_fp8(recipe.precision) else "longest"  # FP8 takes no odd number of text tokens
 
     def __iter__(self):
         prefetch = self.recipe.data.prefetch
@@ -55,6 +58,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
             latent_channels=size.input_channels,
             token_limits=self.recipe.data.token_limits,
             statistics=self.source.statistics,
+            **({} if is_pack else {"pad": self._pad}),
         )
 
     def _drop_prompt(self, sample, epoch):
@@ -84,10 +88,11 @@ class LatentDataModule(pl.LightningDataModule):
         )
 
     def largest_shape(self):
-        """Latent (T, H, W) with most tokens; ValueError where a shape does not fit model or layout."""
-        shapes = self.reader.distinct_shapes
-        for shape in shapes:
-            self.recipe.check_tokens(shape)
+        """Latent (T, H, W) with most tokens; ValueError where one that steps take does not fit the recipe."""
+        shapes = [
+            shape for shape, tokens in zip(self.order.shapes, self.order.tokens_S, strict=True) if tokens
+        ]
+        self.recipe.check_shapes(shapes)
         return max(shapes, key=self.recipe.size.num_tokens)
 
     def num_tokens(self, step) -> int:
@@ -117,8 +122,8 @@ def batch_order(reader, recipe) -> BatchOrder:
     ValueError where a pack has no room for the longest of them.
     """
     tokens_of = recipe.size.num_tokens
-    longest = max(reader.distinct_shapes, key=tokens_of)
-    if recipe.data.batching == "packed" and tokens_of(longest) > recipe.pack_tokens:
+    longest = max((shape for shape in reader.distinct_shapes if shape[0] > 1), key=math.prod, default=None)
+    if recipe.data.batching == "packed" and longest and tokens_of(longest) > recipe.pack_tokens:
         raise ValueError(
             f"{recipe.name}: a pack holds the tokens of the recipe's largest latent, {recipe.pack_tokens}, "
             f"and {recipe.data.folder} has latents of {tokens_of(longest)}: set latent_frames={longest[0]} "
@@ -130,6 +135,7 @@ def batch_order(reader, recipe) -> BatchOrder:
         recipe.seed,
         recipe.data.image_every,
         micro_batch=recipe.micro_batch,
+        image_batch=recipe.image_batch,
         batching=recipe.data.batching,
         cost=token_cost(recipe.size),
         num_tokens=tokens_of,

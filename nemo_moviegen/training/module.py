@@ -9,6 +9,8 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo.lightning.megatron_parallel import MegatronLossReduction
 from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerModule
 
+from nemo_moviegen.optim import PlateauDetector
+from nemo_moviegen.precision import is_mixed
 from nemo_moviegen.training.record import learning_rate_factor
 from nemo_moviegen.training.step import mean_loss, noisy_pair, token_loss
 from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
@@ -23,14 +25,20 @@ class FlowMatchingModule(pl.LightningModule):
     def __init__(self, recipe, *, uses_transformer_engine, is_fresh=True):
         super().__init__()
         self.recipe, self.is_fresh = recipe, is_fresh
+        self.plateau = PlateauDetector(recipe.optim.plateau)
+        """Lowers the learning rate where `optim.decay` says so; else nobody shows it a loss."""
         self.config = video_config(
-            recipe.size, recipe.layout, recipe.precision, uses_transformer_engine=uses_transformer_engine
+            recipe.size,
+            recipe.layout,
+            recipe.precision,
+            bf16_layers=recipe.bf16_layers,
+            uses_transformer_engine=uses_transformer_engine,
         )
         # bf16 rounds neither the latents nor the target: the loss is taken in fp32
         self.data_dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
         self.optim = MegatronOptimizerModule(
             config=optimizer_config(recipe),
-            lr_scheduler=LearningRate(recipe.optim, recipe.num_steps),
+            lr_scheduler=LearningRate(recipe.optim, recipe.num_steps, self.plateau),
             no_weight_decay_cond=_is_not_a_matrix,
         )
         self.optim.connect(self)
@@ -97,22 +105,23 @@ def optimizer_config(recipe) -> OptimizerConfig:
         adam_eps=optim.eps,
         weight_decay=optim.weight_decay,
         clip_grad=optim.clip_grad,
-        bf16=recipe.precision == "bf16",
+        bf16=is_mixed(recipe.precision),
         params_dtype=DTYPES[recipe.precision],
         use_distributed_optimizer=recipe.layout.sharding != "none",
     )
 
 
 class LearningRate(LRSchedulerModule):
-    """`learning_rate_factor` as NeMo's scheduler."""
+    """`learning_rate_factor` as NeMo's scheduler, times what a `PlateauDetector` has left of the rate."""
 
-    def __init__(self, optim, num_steps):
+    def __init__(self, optim, num_steps, plateau):
         super().__init__()
-        self.optim, self.num_steps = optim, num_steps
+        self.optim, self.num_steps, self.plateau = optim, num_steps, plateau
 
     def scheduler(self, model, optimizer):
         factor = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: learning_rate_factor(step, self.optim, self.num_steps)
+            optimizer,
+            lambda step: learning_rate_factor(step, self.optim, self.num_steps) * self.plateau.factor,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step"}}
 

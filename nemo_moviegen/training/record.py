@@ -53,13 +53,23 @@ def write_recipe(recipe):
 
 
 def learning_rate_factor(step, optim, num_steps) -> float:
-    """Share of the peak at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth."""
+    """Share of the peak at `step` (0 is the first): linear warm-up, then constant or cosine to a tenth.
+
+    Where it follows the validation loss, what that has left of it is another factor.
+    """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
-    if optim.decay == "constant":
+    if optim.decay != "cosine":
         return 1.0
     progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(trainer, step):
+    """Give the optimiser the rate of `step`, as if every step before had been taken."""
+    for config in trainer.lr_scheduler_configs:
+        config.scheduler.last_epoch = step - 1
+        config.scheduler.step()
 
 
 class RunRecord:

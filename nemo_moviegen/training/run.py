@@ -5,6 +5,7 @@ import os
 
 import torch
 
+from nemo_moviegen.precision import fp8_settings, is_fp8, is_mixed, why_not_fp8
 from nemo_moviegen.training.checkpoint import starting_checkpoints
 from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
 from nemo_moviegen.training.record import quiet, write_recipe
@@ -21,6 +22,7 @@ def train(recipe):
     if num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         raise ValueError(f"{num_ranks} ranks and no LOCAL_WORLD_SIZE: start each node's ranks with torchrun")
     recipe.num_microbatches(num_ranks)
+    fused = uses_transformer_engine(recipe)
     own, other = starting_checkpoints(recipe)
     quiet()
     stand_in_for_cuda()
@@ -30,12 +32,10 @@ def train(recipe):
     from nemo_moviegen.training.module import FlowMatchingModule
 
     data = LatentDataModule(recipe)
-    module = FlowMatchingModule(
-        recipe, uses_transformer_engine=uses_transformer_engine(recipe), is_fresh=own is None
-    )
+    module = FlowMatchingModule(recipe, uses_transformer_engine=fused, is_fresh=own is None)
     if int(os.environ.get("RANK", 0)) == 0:
         write_recipe(recipe)
-    trainer = _trainer(recipe, data, num_ranks, own, other)
+    trainer = _trainer(recipe, module, data, num_ranks, own, other)
     trainer.fit(module, data)
     return getattr(trainer, "last_metrics", None)
 
@@ -43,10 +43,18 @@ def train(recipe):
 def uses_transformer_engine(recipe) -> bool:
     """Whether the run uses Transformer Engine: its attention is fused, and splits a clip, in bf16 alone.
 
-    ValueError where it should and is not installed.
+    ValueError where it should and is not installed, or the machine has no FP8 for an FP8 precision.
     """
-    wanted = torch.cuda.is_available() and recipe.precision == "bf16"
-    if wanted and importlib.util.find_spec("transformer_engine") is None:
+    on_gpu = torch.cuda.is_available()
+    has_engine = importlib.util.find_spec("transformer_engine") is not None
+    if is_fp8(recipe.precision):
+        capability = torch.cuda.get_device_capability() if on_gpu else None
+        if missing := why_not_fp8(recipe.precision, capability, has_engine):
+            raise ValueError(
+                f"{recipe.name} trains in {recipe.precision}, which takes {missing}: set precision=bf16"
+            )
+    wanted = on_gpu and is_mixed(recipe.precision)
+    if wanted and not has_engine:
         raise ValueError(
             f"{recipe.name} trains in bf16 on a GPU, which takes Transformer Engine; it is not installed: "
             "pip install -r requirements-gpu.txt, or set precision=fp32"
@@ -54,7 +62,7 @@ def uses_transformer_engine(recipe) -> bool:
     return wanted
 
 
-def _trainer(recipe, data, num_ranks, own, other):
+def _trainer(recipe, module, data, num_ranks, own, other):
     import nemo.lightning as nl
     from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
@@ -63,8 +71,9 @@ def _trainer(recipe, data, num_ranks, own, other):
 
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     plugins = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
-    if recipe.precision == "bf16":
-        plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16))
+    if is_mixed(recipe.precision):
+        fp8 = fp8_settings(recipe.precision, recipe.bf16_layers)  # it overwrites the model's
+        plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, **fp8))
     trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=ranks_per_node,
@@ -74,7 +83,7 @@ def _trainer(recipe, data, num_ranks, own, other):
         max_steps=recipe.num_steps,
         limit_val_batches=0,
         num_sanity_val_steps=0,
-        callbacks=_callbacks(recipe, data, own, other),
+        callbacks=_callbacks(recipe, module, data, own, other),
         enable_checkpointing=False,
         logger=False,
         log_every_n_steps=recipe.log_every,
@@ -86,11 +95,12 @@ def _trainer(recipe, data, num_ranks, own, other):
     return trainer
 
 
-def _callbacks(recipe, data, own, other):
-    """In the order in which they see the end of a step: judged, compared, measured, shown, told, saved."""
+def _callbacks(recipe, module, data, own, other):
+    """In the order in which they see a step's end: judged, compared, measured, acted on, shown, told, saved."""
     from nemo_moviegen.training.callbacks import Metrics
     from nemo_moviegen.training.guard import SkipBadSteps
     from nemo_moviegen.training.monitor import Monitor
+    from nemo_moviegen.training.plateau import LowerOnPlateau
     from nemo_moviegen.training.progress import ProgressPage
     from nemo_moviegen.training.samples import Samples
     from nemo_moviegen.training.saving import Checkpoints
@@ -102,4 +112,8 @@ def _callbacks(recipe, data, own, other):
     validation = checkpoints.validation = ValidationLoss(recipe, data)
     monitor, samples = Monitor(recipe, data, guard), Samples(recipe, data)
     metrics = Metrics(recipe, data, guard, validation, samples)
-    return [guard, monitor, validation, samples, metrics, checkpoints, ProgressPage(recipe)]
+    measured = [guard, monitor, validation]
+    if recipe.optim.decay == "plateau":
+        checkpoints.plateau = module.plateau
+        measured.append(LowerOnPlateau(recipe, validation))
+    return [*measured, samples, metrics, checkpoints, ProgressPage(recipe)]

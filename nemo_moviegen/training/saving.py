@@ -17,6 +17,7 @@ from nemo_moviegen.training.checkpoint import (
     superfluous,
     tidy,
 )
+from nemo_moviegen.training.record import set_learning_rate
 from nemo_moviegen.training.starting import start_from
 from nemo_moviegen.training.state import TrainingState, pieces
 from nemo_moviegen.training.storage import BackgroundWriter, check_space, write_folder, write_json
@@ -35,6 +36,8 @@ class Checkpoints(pl.Callback):
         """The run's `SkipBadSteps`: what it has seen is saved too, and no bad step is."""
         self.validation = None
         """The run's `ValidationLoss`: what it measured of the step that has just ended decides what stays."""
+        self.plateau = None
+        """The run's `PlateauDetector`, where the learning rate follows the validation loss."""
         self.data = None
         """`BatchOrder.contents` of the run's samples: a checkpoint goes on only where they are the same."""
         self.is_due, self.saved_step = False, -1
@@ -59,6 +62,8 @@ class Checkpoints(pl.Callback):
         _check_data(self.own, told.get("data"), self.data)
         if self.guard and "guard" in told:
             self.guard.detector.load_state(told["guard"])
+        if self.plateau:
+            self.plateau.load_state(told.get("plateau", {}))
         self.saved_step = told["step"]
         _start_at(trainer, told["step"])
 
@@ -109,6 +114,8 @@ class Checkpoints(pl.Callback):
         }
         if self.guard:
             told["guard"] = self.guard.detector.state()
+        if self.plateau:
+            told["plateau"] = self.plateau.state()
         if self.data:
             told["data"] = self.data
         self.writer.start(lambda group: self._write(group, step, pieces(copied, owners), told))
@@ -145,13 +152,12 @@ def _check_data(folder, saved, data):
 
 
 def _start_at(trainer, step):
-    """Make Lightning count from `step`: its loops, and the learning rate, which is a function of the step."""
+    """Make Lightning count from `step`: its loops, and the learning rate, a function of the step and of what
+    the validation loss has left of it."""
     loop = trainer.fit_loop.epoch_loop
     loop.automatic_optimization.optim_progress.optimizer.step.total.ready = step
     loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
     for count in (loop.batch_progress.total, loop.batch_progress.current):
         count.ready = count.started = count.processed = count.completed = step
     loop._batches_that_stepped = step
-    for config in trainer.lr_scheduler_configs:
-        config.scheduler.last_epoch = step - 1
-        config.scheduler.step()
+    set_learning_rate(trainer, step)

@@ -4,6 +4,7 @@ import nemo.lightning as nl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
+from nemo_moviegen.precision import is_mixed
 from nemo_moviegen.video.model import DTYPES
 
 
@@ -29,11 +30,11 @@ def ddp_config(layout, precision) -> DistributedDataParallelConfig:
     full = layout.sharding == "full"
     return DistributedDataParallelConfig(
         use_distributed_optimizer=layout.sharding != "none",
-        grad_reduce_in_fp32=precision == "bf16",
+        grad_reduce_in_fp32=is_mixed(precision),
         check_for_nan_in_grad=False,  # training/guard.py skips such a step on all ranks
         use_megatron_fsdp=full,
         data_parallel_sharding_strategy="optim_grads_params" if full else "no_shard",
-        preserve_fp32_weights=precision == "bf16",  # other precisions train the weights themselves
+        preserve_fp32_weights=is_mixed(precision),  # other precisions train the weights themselves
         overlap_grad_reduce=full,
         overlap_param_gather=full,
     )

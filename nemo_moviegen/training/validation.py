@@ -12,6 +12,7 @@ dropped.
 import itertools
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,7 +116,8 @@ class ValidationLoss(pl.Callback):
             statistics=self.reader.statistics,
         ).to(torch.cuda.current_device(), module.data_dtype)
         x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
-        velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
+        with _without_fp8(module.config):
+            velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
         error_SB = token_errors(velocity_SBX, target_BTCHW, module.config).double()
         return torch.stack((error_SB.sum(dim=0), torch.ones_like(error_SB).sum(dim=0)), dim=1)
 
@@ -127,6 +129,16 @@ class ValidationLoss(pl.Callback):
         return self._text
 
 
+@contextmanager
+def _without_fp8(config):
+    """Measure in bf16 whatever is trained in: runs compare, and passes may have any number of tokens."""
+    fp8, config.fp8 = config.fp8, None
+    try:
+        yield
+    finally:
+        config.fp8 = fp8
+
+
 def heldout_reader(recipe) -> LatentReader:
     """The held-out latents of a `VideoRecipe`; ValueError where there are none or a shape does not fit."""
     folder = recipe.validation.latents(recipe.data.folder)
@@ -134,8 +146,7 @@ def heldout_reader(recipe) -> LatentReader:
         reader = LatentReader(folder, skip_damaged=True, quarantine=Path(recipe.output) / "quarantine.jsonl")
     except ValueError as error:
         raise ValueError(f"{error}; or set validation.folder, or validation.every=0") from None
-    for shape in np.unique(reader.latent_shapes[_trained_kinds(reader, recipe)], axis=0).tolist():
-        recipe.check_tokens(tuple(shape))
+    recipe.check_shapes(np.unique(reader.latent_shapes[_trained_kinds(reader, recipe)], axis=0).tolist())
     return reader
 
 

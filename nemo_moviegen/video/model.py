@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
+from nemo_moviegen.precision import MIXED, fp8_settings, is_fp8, is_mixed
 from nemo_moviegen.sizes import TransformerSize
 from nemo_moviegen.video.embeddings import (
     ContextProjections,
@@ -39,7 +40,8 @@ from nemo_moviegen.video.parallel import (
 )
 from nemo_moviegen.video.weights import draw_weights, mark_cut_weights, part_of
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {**dict.fromkeys(MIXED, torch.bfloat16), "fp32": torch.float32, "fp64": torch.float64}
+"""Of the weights, by precision: those of FP8 are kept in bf16."""
 
 RECOMPUTE = {
     "none": {},
@@ -64,11 +66,15 @@ class VideoConfig(TransformerConfig):
     uses_transformer_engine: bool = field(default=False, kw_only=True)
 
 
-def video_config(size, layout, precision, *, uses_transformer_engine=False) -> VideoConfig:
-    """Megatron's configuration of a `TransformerSize` under a `Layout`; `precision` is bf16, fp32 or fp64.
+def video_config(size, layout, precision, *, bf16_layers=0, uses_transformer_engine=False) -> VideoConfig:
+    """Megatron's configuration of a `TransformerSize` under a `Layout` in a precision of precision.py.
 
-    ValueError where `layout.context_comm` needs Transformer Engine and the model is built without it.
+    ValueError where `layout.context_comm` or FP8 needs Transformer Engine and the model is built without it.
     """
+    if is_fp8(precision) and not uses_transformer_engine:
+        raise ValueError(
+            f"precision={precision} is Transformer Engine's alone (on a GPU): set precision=bf16"
+        )
     if layout.context > 1 and layout.context_comm != "all_gather" and not uses_transformer_engine:
         raise ValueError(
             f"layout.context_comm={layout.context_comm} is Transformer Engine's alone (bf16 on a GPU): set "
@@ -95,7 +101,7 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         perform_initialization=False,  # weights.py
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        bf16=precision == "bf16",
+        bf16=is_mixed(precision),
         tensor_model_parallel_size=layout.tensor,
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence and layout.tensor > 1,
@@ -110,6 +116,7 @@ def video_config(size, layout, precision, *, uses_transformer_engine=False) -> V
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **RECOMPUTE[layout.recompute],
+        **fp8_settings(precision, bf16_layers),
     )
 
 
