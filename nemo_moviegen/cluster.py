@@ -87,7 +87,8 @@ def placed(recipe, cluster):
         vgg_weights = str(root / recipe.loss.vgg_weights) if recipe.loss.vgg_weights else ""
         loss = replace(recipe.loss, vgg_weights=vgg_weights)
         return replace(recipe, data=data, loss=loss, output=str(root / recipe.output), init_from=init_from)
-    data = replace(recipe.data, folder=str(root / recipe.data.folder))
+    text_encoders = str(root / recipe.data.text_encoders) if recipe.data.text_encoders else ""
+    data = replace(recipe.data, folder=str(root / recipe.data.folder), text_encoders=text_encoders)
     heldout = str(root / recipe.validation.folder) if recipe.validation.folder else ""
     progress = recipe.progress
     if progress.autoencoder:

@@ -34,7 +34,7 @@ def t2i() -> VideoRecipe:
 
 
 def t2iv() -> VideoRecipe:
-    """Stage 2 (s3.6.2): iterations of 256 clips or 4,096 images, 0.02 image : 1 video; rate 5e-5, 100k in all.
+    """Stage 2 (s3.6.2): iterations of 256 clips or 4,096 images, 1 : 0.02 of them; rate 5e-5, 100k in all.
 
     0.02 : 1 is one image iteration after every 50 of video: one in 51. Clips are latents of 16x24x44, 4,224
     tokens; 16 images have as many, so all iterations are of one size.

@@ -43,8 +43,8 @@ def sft() -> VideoRecipe:
 def t2i_1024() -> VideoRecipe:
     """Text-to-image post-training (s3.7): 1024 px latents of the image autoencoder, from the video model.
 
-    `moviegen encode --autoencoder out/tae/image_init --buckets image_1024` writes them: 8x8 and 16 channels as
-    before, so patch embedding and head stay and learn the new latents. 4,096 or 4,032 tokens an image.
+    `moviegen encode --autoencoder out/tae/image_init --buckets image_1024` writes them: 8x8 and 16 channels,
+    as before, so patch embedding and head stay and learn the new latents. 4,096 or 4,032 tokens an image.
     NOT STATED, our default: 512 H100s, 2 images each: batch 1,024; 50k steps at 6e-5.
     """
     video = video_30b.t2iv_768_cp2_4096()

@@ -96,3 +96,70 @@ def test_counts_out_of_range_are_refused():
         BatchOrder(SHAPES, 0, 0, 11)
     with pytest.raises(ValueError, match="step -1"):
         BatchOrder(SHAPES, 4, 0, 11).batch(-1)
+
+
+@settings(derandomize=True, deadline=None, max_examples=50)
+@given(
+    num_images=st.integers(1, 40),
+    micro_batch=st.integers(1, 3),
+    pieces=st.sampled_from([2, 4]),
+    more=st.integers(1, 5),
+    batching=st.sampled_from(["bucket", "balanced"]),
+)
+def test_an_image_step_takes_image_batch_images_in_as_many_micro_batches(
+    num_images, micro_batch, pieces, more, batching
+):
+    shapes = [(1, 8, 8)] * num_images + [(2, 8, 8)] * 10
+    num_clips = micro_batch * pieces
+    settings = {"micro_batch": micro_batch, "batching": batching, "cost": (1, 0)}
+    order = BatchOrder(shapes, num_clips, 0, 3, image_batch=more * num_clips, **settings)
+    plain = BatchOrder(shapes, num_clips, 0, 3, **settings)
+    images = []
+    for step in range(30):
+        rows, epochs = order.batch(step)
+        copies = [order.micro_batches(step, copy, 2) for copy in range(2)]
+        assert [len(copy) for copy in copies] == [pieces // 2] * 2
+        own = [sample for copy in copies for batch in copy for sample in zip(*batch, strict=True)]
+        assert sorted(own) == sorted(zip(rows, epochs, strict=True))
+        if order.kind(step) == "image":
+            assert {len(rows) for copy in copies for rows, _ in copy} == {more * micro_batch}
+            assert order.num_tokens(step) == 64 * more * num_clips
+            images += zip(epochs, rows, strict=True)
+        else:
+            assert order.batch(step) == plain.batch(step)
+    whole = len(images) // num_images * num_images
+    assert sorted(images[:whole]) == [(e, r) for e in range(whole // num_images) for r in range(num_images)]
+
+
+def test_the_images_of_a_step_are_the_same_on_any_number_of_copies_and_after_a_resume():
+    def samples(step, num_copies, order):
+        return [
+            row
+            for copy in range(num_copies)
+            for rows, _ in order.micro_batches(step, copy, num_copies)
+            for row in rows
+        ]
+
+    order = BatchOrder(SHAPES, 8, seed=0, image_every=2, image_batch=24)
+    for step in range(1, 40, 2):
+        fresh = BatchOrder(SHAPES, 8, seed=0, image_every=2, image_batch=24)
+        assert samples(step, 1, order) == samples(step, 8, fresh) == order.batch(step)[0]
+
+
+def test_an_image_batch_that_is_no_multiple_of_the_clips_is_refused():
+    with pytest.raises(ValueError, match="image_batch 6 is no multiple of global_batch 4"):
+        BatchOrder(SHAPES, 4, 0, 11, image_batch=6)
+
+
+def test_shapes_of_a_kind_no_step_takes_may_be_too_large_for_the_model():
+    """As for the first stage of Table 3, whose tables hold one frame, on a folder with images and clips."""
+
+    def num_tokens(shape):
+        if shape[0] > 1:
+            raise ValueError("one frame only")
+        return 16
+
+    order = BatchOrder(SHAPES, 4, 0, 1, num_tokens=num_tokens)
+    assert order.num_tokens(0) == 64
+    with pytest.raises(ValueError, match="one frame only"):
+        BatchOrder(SHAPES, 4, 0, 2, num_tokens=num_tokens)
