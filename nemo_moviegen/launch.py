@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
+from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
 
 LAUNCH_FILE = "launch.yaml"
@@ -25,6 +26,11 @@ def launch(recipe, debug=False) -> int:
     """
     cluster = read_cluster(recipe.cluster)
     check_on_cluster(recipe, cluster)
+    if is_fp8(recipe.precision) and cluster.accelerator == "cpu":
+        raise ValueError(
+            f"{recipe.name} trains in {recipe.precision}, and cluster {cluster.name} has no GPU: set "
+            "precision=bf16, or a cluster of H100s"
+        )
     here = placed(recipe, cluster)
     started = int(os.environ.get("WORLD_SIZE", 0))
     if not started and cluster.nodes > 1:
