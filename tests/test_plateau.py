@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from nemo_moviegen.optim import Plateau, PlateauDetector
 
-LOSSES = st.lists(
-    st.one_of(st.floats(0.01, 10), st.just(math.nan), st.just(math.inf)), min_size=0, max_size=60
-)
+LOSSES = st.lists(st.sampled_from([1.0, 1.001, 0.995, 0.5, math.nan, math.inf]), min_size=0, max_size=40)
+"""Few values: of many, hardly two are alike, and a detector is rarely saved within a cooldown."""
 PLATEAUS = st.builds(
     Plateau,
     factor=st.sampled_from([0.1, 0.5, 0.9]),
@@ -21,7 +20,7 @@ PLATEAUS = st.builds(
     cooldown=st.integers(0, 3),
     floor=st.sampled_from([0.01, 0.3, 1.0]),
 )
-few = settings(derandomize=True, deadline=None, max_examples=100)
+few = settings(derandomize=True, deadline=None, max_examples=200)
 
 
 def factors(plateau, losses):
@@ -84,7 +83,7 @@ def test_the_unit_of_the_loss_does_not_matter(plateau, losses, power):
 
 
 @few
-@given(PLATEAUS, LOSSES, st.integers(0, 60))
+@given(PLATEAUS, LOSSES, st.integers(0, 40))
 def test_a_detector_that_was_saved_anywhere_goes_on_as_the_other(plateau, losses, place):
     one, before, after = (PlateauDetector(plateau) for _ in range(3))
     for loss in losses[:place]:
