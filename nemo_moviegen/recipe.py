@@ -224,9 +224,9 @@ class VideoRecipe(Recipe):
         """
         tokens, context = self.size.num_tokens(latent_shape), self.layout.context
         sequence = self.layout.tensor if self.layout.sequence else 1
-        samples = self.micro_batch * (
-            self.images_per_step // self.global_batch if latent_shape[0] == 1 else 1
-        )
+        samples = self.micro_batch
+        if latent_shape[0] == 1:
+            samples *= self.images_per_step // self.global_batch
         divisors = {f"do not split over context {context} x sequence-parallel {sequence}": context * sequence}
         if is_mixed(self.precision) and context > 1:
             problem = (
@@ -250,6 +250,7 @@ class VideoRecipe(Recipe):
         raise ValueError(
             f"{self.name}: a latent of {'x'.join(map(str, latent_shape))} has {tokens} tokens, which "
             f"{problem}: use a bucket whose tokens divide by {divisor}{named}, or a smaller layout"
+            + (f" (data.buckets={self.data.buckets} has it)" if latent_shape in self.bucket_shapes else "")
         )
 
 

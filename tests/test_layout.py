@@ -124,7 +124,7 @@ def test_a_model_without_transformer_engine_gathers_or_is_not_split(context_comm
 
 
 def test_the_bucket_of_an_image_also_fits_the_video():
-    recipe = recipes.get("video_30b.t2iv_768_cp2_4096")
+    recipe = override(recipes.get("video_30b.t2iv_768_cp2_4096"), ["data.buckets="])
     with pytest.raises(ValueError, match="latent of 1x96x96 has 2304 tokens"):
         override(recipe, ["layout.context=7"])
     _, height, width = nearest_bucket(VIDEO_30B, (1, 96, 96), 56)
