@@ -55,7 +55,7 @@ def test_recipes_lists_all_with_ranks_and_layout(capsys):
     lines = capsys.readouterr().out.splitlines()
     for name in recipes.RECIPES:
         assert any(line.split()[:1] == [name] for line in lines)
-    row = next(line for line in lines if "video_30b.t2iv_768_cp2_4096 " in line)
+    row = next(line for line in lines if line.split()[:1] == ["video_30b.t2iv_768_cp2_4096"])
     assert "h100_4096   4,096   TP4 CP2 DP512             512    28,000" in row
 
 
