@@ -31,8 +31,12 @@ class Gpu:
 
 
 # Assumptions of ours, the same for every GPU and every run.
-SUSTAINED = 0.93
-"""Clock under a training load, of that in a benchmark of one kernel: power."""
+SUSTAINED = 0.86
+"""Clock under a training load, of that in a benchmark of one kernel: power. The one number that was chosen so
+that the published runs lie around their predictions."""
+FP8_SHARE = 0.85
+"""What FP8 products reach of their peak beside bf16's of theirs: the best shapes reach 70.9% and 80.3% on an
+H100, and inputs are cast."""
 MEMORY_SHARE = 0.85
 """Of the peak bandwidth, by element-wise kernels."""
 LINK_SHARE = 0.80

@@ -11,6 +11,14 @@ PREFETCHED = 500_000_000
 """Parameters that Megatron FSDP gathers ahead of the layer at work (megatron-core 0.15.3's default)."""
 UNSENT = 1_000_000_000
 """Gradients that it lets wait for their reduce-scatter."""
+FRAGMENTS = 0.03
+"""Assumed, of the peak."""
+COMMUNICATOR = 0.45 * GIB
+"""Assumed: reports of one ring communicator's buffers lie between 0.3 and 0.65 GiB."""
+CUDA_CONTEXT = 0.6 * GIB
+"""Reported 0.5 to 0.6 GiB with lazy loading; cuBLAS takes 32 MiB more on Hopper."""
+CPU_PROCESS = 0.75 * GIB
+"""Measured: resident memory of a rank before its first step, all packages imported."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +39,12 @@ class Memory:
     head: float
     optimizer_step: float
     """Working memory of the optimiser's step; activations are gone by then."""
-    nccl: float
-    """Outside of torch's allocator, as the next one."""
-    context: float
-    """Of CUDA, cuDNN and cuBLAS."""
+    fragments: float = 0.0
+    """Outside of what torch's allocator hands out, as the next two: what it holds and can not use."""
+    nccl: float = 0.0
+    """Buffers of the communicators."""
+    context: float = 0.0
+    """Of CUDA, cuDNN and cuBLAS; on a CPU, of the process before it has a tensor."""
 
     @property
     def states_bytes(self) -> float:
@@ -50,7 +60,7 @@ class Memory:
     @property
     def device_bytes(self) -> float:
         """With what torch's allocator does not count."""
-        return self.peak_bytes + self.nccl + self.context
+        return self.peak_bytes + self.fragments + self.nccl + self.context
 
 
 def memory_of(share: Share, *, ema=False) -> Memory:
@@ -73,9 +83,20 @@ def memory_of(share: Share, *, ema=False) -> Memory:
         head=activations.head_and_loss(share),
         # torch's AdamW takes the roots of all second moments at once, the fused one none
         optimizer_step=0.0 if share.fused else held * main / pieces,
-        nccl=0.0,
-        context=0.0,
     )
+
+
+def outside_allocator(share: Share, memory: Memory, accelerator) -> dict[str, float]:
+    """Fields of a `Memory` that `memory_of` leaves at 0: what the device holds besides tensors."""
+    if accelerator == "cpu":
+        return {"context": CPU_PROCESS}
+    layout = share.layout
+    groups = (share.num_ranks, layout.tensor, layout.context, share.copies * layout.context)
+    return {
+        "fragments": FRAGMENTS * memory.peak_bytes,
+        "nccl": COMMUNICATOR * sum(ranks > 1 for ranks in groups),
+        "context": CUDA_CONTEXT,
+    }
 
 
 def _working(share):
@@ -84,19 +105,22 @@ def _working(share):
     What is kept falls from layer to layer, so what Megatron FSDP has gathered and not yet sent counts more
     the later it is.
     """
-    kept = activations.kept(share)["layers"] / share.size.num_layers
-    layers = share.size.num_layers
-    sharded = (_gathered(share, done) - done * kept for done in range(layers))
-    return activations.working(share) + max(sharded)
-
-
-def _gathered(share, done):
-    """Bytes of weights that are gathered and gradients not yet sent, when `done` layers have been computed
-    backward; what megatron's settings allow it to hold at most."""
+    most = activations.working(share)
     if share.layout.sharding != "full":
-        return 0.0
+        return most
+    kept = activations.kept(share)["layers"] / share.size.num_layers
     held = sum(held_by_tensor_rank(share.size, share.layout.tensor).values())
     layer = in_layers(share.size, share.layout.tensor)
+    last = share.size.num_layers - 1
+    # concave in `done`: the most is where one of its two bounds is met, or at an end
+    bends = ((held - layer - PREFETCHED) / layer, UNSENT / layer)
+    at = {0, last, *(min(last, max(0, int(bend) + more)) for bend in bends for more in (0, 1))}
+    return most + max(_gathered(share, held, layer, done) - done * kept for done in at)
+
+
+def _gathered(share, held, layer, done):
+    """Bytes of weights that are gathered and gradients not yet sent, when `done` layers have been computed
+    backward; what megatron's settings allow it to hold at most."""
     weights = min(held - done * layer, layer + PREFETCHED)
     gradients = min((done + 1) * layer, layer + UNSENT)
     return (weights + layer) * share.number_bytes + gradients * _main_bytes(share)

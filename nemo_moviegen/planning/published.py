@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from nemo_moviegen.planning import hardware
 from nemo_moviegen.planning.seconds import link
 from nemo_moviegen.planning.step_time import Links, Settings, step_of
-from nemo_moviegen.planning.work import Attention, LayerWork, Product
+from nemo_moviegen.planning.work import Attention, LayerWork, Product, ring_passes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,10 @@ class Run:
     passes: float
     """Hidden states that element-wise kernels of a layer move, forward; backward twice and a bit."""
     settings: Settings = field(default_factory=Settings)
+    text_ring: bool = False
+    """Whether text keys and values too go round the context ranks."""
+    norms_over_heads: bool = False
+    """Whether queries and keys are normed over all heads: tensor ranks gather them, and cut them again."""
     tokens_per_second: float
     mfu: float
     assumed: str = ""
@@ -69,6 +73,8 @@ EAGER_DIT = 56.0
 """NeMo's DiT: fused modulation, but an fp32 RMSNorm of queries and keys in plain torch."""
 FUSED_WAN = 40.0
 """DFM's Wan: fused modulation, rotary positions, norms of queries and keys over the whole width."""
+NORMED_OVER_HEADS = 3
+"""DFM's queries and keys of the clip, and queries of the text (dit_attention.py); the text's keys are few."""
 DIFFUSERS_WAN = 90.0
 """diffusers' Wan, nothing fused: modulation and norms in fp32, rotary positions in fp64."""
 
@@ -91,7 +97,7 @@ def _dit(name, **changes):
 
 
 def _wan(name, **changes):
-    values = {"passes": FUSED_WAN, "source": _DFM} | changes
+    values = {"passes": FUSED_WAN, "source": _DFM, "text_ring": True, "norms_over_heads": True} | changes
     return Run(
         name=name,
         layers=40,
@@ -185,6 +191,7 @@ RUNS = (
         gpus=64,
         num_microbatches=1,
         passes=DIFFUSERS_WAN,
+        text_ring=False,
         settings=Settings(
             recompute="full", is_full=True, attention=(hardware.FA2_FORWARD, hardware.FA2_BACKWARD)
         ),
@@ -256,6 +263,7 @@ def _work(run, parameters):
     own = tokens / tensor * width * 2
     # read once forward and once backward, and their gradients added to fp32 ones
     modulation = run.modulation * width**2
+    forward, backward = _more_passes(run)
     return LayerWork(
         products=(
             Product(name="queries, keys, values", rows=tokens, columns=3 * width / tensor, depth=width),
@@ -283,11 +291,26 @@ def _work(run, parameters):
                 head_width=128,
             ),
         ),
-        forward_bytes=run.passes * own + 2 * modulation,
-        backward_bytes=2.2 * run.passes * own + 12 * modulation,
+        forward_bytes=(run.passes + forward) * own + 2 * modulation,
+        backward_bytes=(2.2 * run.passes + backward) * own + 12 * modulation,
         feed_forward_bytes=10 * own,
         gathered_bytes=tokens * width * 2,
         gathers=3,
+        gathers_alone=NORMED_OVER_HEADS if run.norms_over_heads else 0,
         key_bytes=2 * run.tokens * width / tensor * 2,
         parameters=parameters,
     )
+
+
+def _more_passes(run):
+    """(forward, backward) hidden states that the layout adds to `passes`."""
+    ring = run.context if run.settings.context_comm == "p2p" else 1
+    passes = [ring_passes(ring)]
+    if run.text_ring and ring > 1:
+        # outputs and gradients of queries are merged, and each turn's attention only moves memory
+        passes.append((3 * ring + 1 + 2 * ring, 3 * ring - 1 + 4 * ring))
+    if run.norms_over_heads and run.tensor > 1:
+        # of each tensor: copies of the rank's heads, and of all heads: joined, transposed, normed
+        copies = NORMED_OVER_HEADS * (6 + 6 * run.tensor)
+        passes.append((copies, copies + NORMED_OVER_HEADS * 2 * run.tensor))
+    return [sum(column) for column in zip(*passes, strict=True)]

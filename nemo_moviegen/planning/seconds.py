@@ -1,5 +1,6 @@
 """Seconds of work and of collectives on given hardware."""
 
+import math
 from dataclasses import dataclass
 
 from nemo_moviegen.planning import hardware
@@ -12,37 +13,57 @@ class Link:
 
     ranks: int
     gbyte_s: float
+    """In collectives, which use the network cards of all ranks of a node."""
+    hop_gbyte_s: float
+    """From one rank to another at the slowest place: over nodes its own card."""
+    far: float = 0.0
+    """Share of the group that is in other nodes than this rank."""
 
     def gather(self, num_bytes) -> float:
         """Seconds to collect `num_bytes` of which each rank holds a part, or to sum and scatter as many."""
-        if self.ranks == 1 or not num_bytes:
-            return 0.0
-        return hardware.LATENCY_SECONDS + num_bytes * (1 - 1 / self.ranks) / (self.gbyte_s * 1e9)
+        return self._moved(num_bytes * (1 - 1 / self.ranks), self.gbyte_s)
 
     def all_reduce(self, num_bytes) -> float:
         """Seconds to sum `num_bytes` for all."""
         return 2 * self.gather(num_bytes)
 
+    def ring(self, num_bytes) -> float:
+        """Seconds to pass `num_bytes` round, of which each rank holds a part, neighbour to neighbour."""
+        return self._moved(num_bytes * (1 - 1 / self.ranks), self.hop_gbyte_s)
+
+    def exchange(self, num_bytes) -> float:
+        """Seconds to change `num_bytes` of this rank with all others (all-to-all)."""
+        near = num_bytes * (1 - 1 / self.ranks - self.far) / self.gbyte_s
+        return self._moved(max(num_bytes * self.far / self.hop_gbyte_s, near), 1.0)
+
+    def _moved(self, num_bytes, gbyte_s):
+        if self.ranks == 1 or not num_bytes:
+            return 0.0
+        return hardware.LATENCY_SECONDS + num_bytes / (gbyte_s * 1e9)
+
 
 def link(cluster, ranks, inner) -> Link:
-    """The link of a group of `ranks` whose neighbours are `inner` ranks apart.
-
-    Within a node it is NVLink. A ring over nodes uses the cards of all ranks it has in a node.
-    """
+    """The link of a group of `ranks` whose neighbours are `inner` ranks apart: NVLink within a node. A
+    bandwidth the cluster does not name takes no time."""
     in_node = max(1, cluster.ranks_per_node // inner)
-    nvlink = cluster.node_gbyte_s * hardware.LINK_SHARE
+    nvlink = cluster.node_gbyte_s * hardware.LINK_SHARE or math.inf
     if ranks <= in_node:
-        return Link(ranks=ranks, gbyte_s=nvlink or float("inf"))
-    cards = in_node * cluster.network_gbit_s / 8 * hardware.NETWORK_SHARE
-    return Link(ranks=ranks, gbyte_s=min(nvlink, cards) or float("inf"))
+        return Link(ranks=ranks, gbyte_s=nvlink, hop_gbyte_s=nvlink)
+    card = cluster.network_gbit_s / 8 * hardware.NETWORK_SHARE or math.inf
+    return Link(
+        ranks=ranks,
+        gbyte_s=min(nvlink, in_node * card),
+        hop_gbyte_s=min(nvlink, card),
+        far=1 - in_node / ranks,
+    )
 
 
-def product_seconds(product, gpu, fp8=False) -> float:
-    """Of one product of a forward pass."""
+def product_seconds(product, gpu, fp8_share=0.0) -> float:
+    """Of one product of a forward pass, the mean of layers of which that share is in FP8."""
     share = at(gpu.gemm, min(product.columns, product.depth)) * hardware.SUSTAINED
-    # FP8's best shape reaches 71% of its peak where bf16's reaches 80%, and inputs are cast
-    peak = gpu.fp8_peak * 0.85 if fp8 else gpu.bf16_peak
-    return product.flops / (peak * share * 1e12)
+    in_bf16 = product.flops / (gpu.bf16_peak * share * 1e12)
+    in_fp8 = product.flops / (gpu.fp8_peak * hardware.FP8_SHARE * share * 1e12)
+    return fp8_share * in_fp8 + (1 - fp8_share) * in_bf16
 
 
 def attention_seconds(attention, gpu, backward=False, curves=None) -> float:
@@ -81,7 +102,7 @@ class LayerSeconds:
 
 def layer_seconds(work, gpu, links, settings) -> LayerSeconds:
     """Forward and backward pass of a `LayerWork`; `links` has those of tensor, context and state ranks."""
-    products = [product_seconds(p, gpu, settings.fp8) for p in work.products]
+    products = [product_seconds(p, gpu, settings.fp8_share) for p in work.products]
     forward = [attention_seconds(a, gpu, False, settings.attention) for a in work.attentions]
     backward = [attention_seconds(a, gpu, True, settings.attention) for a in work.attentions]
     feed_forward = sum(s for s, p in zip(products, work.products, strict=True) if p.name in work.feed_forward)
@@ -118,7 +139,8 @@ def _tensor(work, link, settings):
     each = link.gather(work.gathered_bytes)
     again = work.gathers * 2 * each * settings.recomputed_share * (settings.recompute == "full")
     again += 2 * each * (settings.recompute == "selective")
-    forward, waits, hides = 2 * work.gathers * each, work.gathers * each, 2 * work.gathers * each
+    alone = work.gathers_alone * (2 + settings.recomputed_share * (settings.recompute == "full")) * each
+    forward, waits, hides = 2 * work.gathers * each, work.gathers * each + alone, 2 * work.gathers * each
     if settings.tensor_overlap:
         return 0.25 * (forward + again + waits), 0.75 * (forward + again + waits) + hides
     if not settings.backward_overlap:
@@ -130,16 +152,14 @@ def _context(work, link, forward, backward, settings):
     """(exposed, hidden) seconds of keys and values and of their gradients."""
     if link.ranks == 1:
         return 0.0, 0.0
-    each = link.gather(work.key_bytes)
-    gathers = each * (1 + settings.gathers_again)  # forward, and again for the backward pass
-    scatter = each
-    hidden = {"p2p": 1.0, "pipelined": 0.75, "all_gather": 0.0, "a2a": 0.0}[settings.context_comm]
-    if settings.context_comm == "a2a":  # queries, keys, values and outputs change ranks instead
-        gathers, scatter = 2 * each / link.ranks, 2 * each / link.ranks
-    exposed = (1 - hidden) * (gathers + scatter)
-    behind = hidden * (gathers + scatter)
-    exposed += max(0.0, behind - forward - backward)
-    return exposed, behind
+    again = settings.gathers_again  # forward, and again for the backward pass; then their gradients
+    if settings.context_comm == "a2a":  # queries, keys, values and outputs change ranks, and their gradients
+        return 2 * link.exchange(2 * work.key_bytes / link.ranks), 0.0
+    if settings.context_comm == "all_gather":
+        return (2 + again) * link.gather(work.key_bytes), 0.0
+    each = link.ring(work.key_bytes)
+    behind = (2 + again) * each  # a turn's attention hides the next turn's keys
+    return max(0.0, behind - forward - backward), behind
 
 
 def _sharding(work, link, under, settings):

@@ -31,7 +31,7 @@ class Settings:
     recomputed_share: float = 1.0
     """Of the layers."""
     context_comm: str = "all_gather"
-    """all_gather, a2a, p2p, or pipelined: gathered group by group of heads behind attention."""
+    """all_gather, a2a or p2p."""
     gathers_again: bool = True
     """Whether keys and values are collected again for the backward pass."""
     tensor_overlap: bool = False
@@ -44,7 +44,8 @@ class Settings:
     """Whether the collectives of data-parallel ranks hide behind computation."""
     weight_bytes: int = 2
     gradient_bytes: int = 4
-    fp8: bool = False
+    fp8_share: float = 0.0
+    """Of the layers whose products are FP8."""
     attention: tuple | None = None
     """(forward, backward) curves of another attention kernel than the GPU's best."""
 

@@ -65,6 +65,8 @@ class LayerWork:
     """Keys and values of all context ranks, of this rank's heads."""
     parameters: float
     """Of the layer, on this tensor rank."""
+    gathers_alone: int = 0
+    """Gathers of tensor ranks in a forward pass without a scatter, and as many in a backward pass."""
     feed_forward: tuple[str, ...] = ("ffn in", "ffn out")
 
     @property
@@ -78,6 +80,13 @@ class LayerWork:
         return sum(op.flops for op in self.products if op.name in self.feed_forward)
 
 
+def ring_passes(ranks) -> tuple[int, int]:
+    """(forward, backward) hidden states that Transformer Engine's ring (context_comm p2p) moves on top of its
+    attentions: keys and values joined, each turn's output merged, gradients of queries, keys and values
+    added up. No ring where there is one rank."""
+    return (0, 0) if ranks == 1 else (3 * ranks + 5, 9 * ranks - 3)
+
+
 def layer_work(share, parameters) -> LayerWork:
     """One layer of `video/layer.py`; `parameters` are the layer's on this tensor rank."""
     size, layout, number = share.size, share.layout, share.number_bytes
@@ -85,6 +94,7 @@ def layer_work(share, parameters) -> LayerWork:
     ffn, gates = size.ffn_width / tensor, 2 if size.gated_ffn else 1
     text = share.text_tokens
     own = share.own_tokens * width * number
+    ring = ring_passes(layout.context if layout.context_comm == "p2p" else 1)
     activated = context * ffn * number
     return LayerWork(
         products=(
@@ -112,8 +122,10 @@ def layer_work(share, parameters) -> LayerWork:
                 head_width=size.head_width,
             ),
         ),
-        forward_bytes=FORWARD_PASSES * own + (gates + 1) * activated + size.qk_norm * 4 * own,
-        backward_bytes=BACKWARD_PASSES * own + (2 * gates + 1) * activated + size.qk_norm * 8 * own,
+        forward_bytes=(FORWARD_PASSES + ring[0]) * own + (gates + 1) * activated + size.qk_norm * 4 * own,
+        backward_bytes=(BACKWARD_PASSES + ring[1]) * own
+        + (2 * gates + 1) * activated
+        + size.qk_norm * 8 * own,
         feed_forward_bytes=10 * own + (gates + 1) * activated,
         gathered_bytes=context * width * number,
         gathers=3,
