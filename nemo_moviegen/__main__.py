@@ -115,6 +115,23 @@ def curate_command(options):
         )
 
 
+def plan_command(options):
+    """Say what a recipe needs and how long it takes on a cluster."""
+    from nemo_moviegen.planning.command import run_plan
+    from nemo_moviegen.recipe import TaeRecipe, override
+    from nemo_moviegen.tables import find_recipe
+
+    if options.validate:
+        run_plan(None, options)
+        return
+    if not options.recipe:
+        raise ValueError("plan needs a recipe (`moviegen recipes` lists them), or --validate")
+    recipe = override(find_recipe(options.recipe), options.settings)
+    if isinstance(recipe, TaeRecipe):
+        raise ValueError(f"{recipe.name} trains an autoencoder; plan knows transformers")
+    run_plan(recipe, options)
+
+
 def train_command(options):
     """Train a recipe: on this machine, or as one of the ranks a launcher started."""
     from nemo_moviegen.launch import launch
@@ -278,6 +295,7 @@ COMMANDS = {
     "shapes": shapes_command,
     "cut": cut_command,
     "curate": curate_command,
+    "plan": plan_command,
     "train": train_command,
     "progress": progress_command,
     "average": average_command,

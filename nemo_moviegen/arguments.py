@@ -63,6 +63,18 @@ def _parser():
     add("--recipe", required=True, help="curation.high_res, curation.low_res or curation.tiny")
     add("--task", type=_task, metavar="I/N", help="score one part of N, from 0/N; the last to end selects")
 
+    add = command("plan", "memory, seconds and GPU-hours of a recipe on a cluster, before anything starts")
+    add("recipe", nargs="?", help="a recipe's name or YAML file")
+    add("settings", nargs="*", metavar="key=value", help="settings to change, as for train")
+    add("--cluster", help="where it would run: a name of recipes/clusters; default: the recipe's")
+    add("--search", action="store_true", help="all legal layouts and micro-batches, ranked")
+    add("--top", type=int, default=10, help="how many of them to show (%(default)s)")
+    add("--why", type=_changes, metavar="tensor=8,context=2", help="why a layout is refused, or its place")
+    add("--text-tokens", type=int, help="tokens of the longest prompt of a micro-batch (256)")
+    add("--validate", action="store_true", help="published training runs beside what is predicted of them")
+    add("--json", action="store_true", help="print JSON")
+    add("--html", metavar="FILE", help="also write a page with the bars of memory and time")
+
     add = command("train", "train a recipe on its cluster")
     add("recipe", help="a recipe's name (see `moviegen recipes`) or YAML file")
     add(
@@ -207,6 +219,13 @@ def _task(text):
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f"{text!r} is no task: write I/N, from 0/4 to 3/4 for four")
     return int(index), int(count)
+
+
+def _changes(text):
+    changes = [part.strip() for part in text.replace(" ", ",").split(",") if part.strip()]
+    if not changes or not all("=" in change for change in changes):
+        raise argparse.ArgumentTypeError(f"{text!r} is no layout: write changes, as in tensor=8,context=2")
+    return changes
 
 
 def _weights(text):

@@ -79,28 +79,26 @@ def kept(share) -> dict[str, float]:
 
 
 def working(share) -> float:
-    """Bytes on top of `kept` while the last layer is computed backward: what it makes again, and gradients.
-
-    When attention has its turn, what the feed-forward kept is gone.
-    """
+    """Bytes on top of `kept` while one layer is computed backward: what it makes again, and gradients."""
     table, recompute = kept_by_layer(share), share.layout.recompute
     again = {
         "none": 0.0,
         "selective": _again(table),
         "full": sum(table.values()) - _hidden_state(share) / _norm_inputs(share)[0],
     }[recompute]
-    freed = sum(table.get(name, 0) for name in FEED_FORWARD)
-    return again + _gradients(share) + max(0.0, attention_workspace(share) - freed)
+    return again + _gradients(share)
 
 
 def attention_workspace(share) -> float:
-    """Bytes of keys, values and their gradients of all context ranks, while one layer attends.
+    """Bytes on top of that of keys, values and their gradients of all context ranks, while one layer attends.
 
-    Local kernels take a quarter of the heads at a time.
+    Local kernels take a quarter of the heads at a time. What the feed-forward kept is gone by then.
     """
     if share.layout.context == 1:
         return 0.0
-    return _whole_keys(share) * (2 if share.fused else 0.5)
+    table = kept_by_layer(share)
+    freed = sum(table.get(name, 0) for name in FEED_FORWARD)
+    return max(0.0, _whole_keys(share) * (2 if share.fused else 0.5) - freed)
 
 
 def head_and_loss(share) -> float:

@@ -36,7 +36,10 @@ class Memory:
     """What all layers keep for the backward pass."""
     working: float
     """On top of it while one layer is computed backward: what is made again, gradients, gathered weights."""
+    attention: float
+    """Likewise: keys and values of other context ranks, and their gradients."""
     head: float
+    """What comes out of the model and what it is compared with: the logits of this model."""
     optimizer_step: float
     """Working memory of the optimiser's step; activations are gone by then."""
     fragments: float = 0.0
@@ -54,8 +57,12 @@ class Memory:
     @property
     def peak_bytes(self) -> float:
         """Most that is allocated at once in a step."""
-        backward = self.activations + self.working + self.head + self.batch
-        return self.states_bytes + max(backward, self.optimizer_step)
+        return self.states_bytes + max(self.backward_bytes, self.optimizer_step)
+
+    @property
+    def backward_bytes(self) -> float:
+        """On top of that, at the most of a backward pass."""
+        return self.activations + self.working + self.attention + self.head + self.batch
 
     @property
     def device_bytes(self) -> float:
@@ -80,6 +87,7 @@ def memory_of(share: Share, *, ema=False) -> Memory:
         batch=_batch(share),
         activations=kept["layers"] + kept["around layers"],
         working=_working(share),
+        attention=activations.attention_workspace(share),
         head=activations.head_and_loss(share),
         # torch's AdamW takes the roots of all second moments at once, the fused one none
         optimizer_step=0.0 if share.fused else held * main / pieces,

@@ -182,10 +182,11 @@ def kinds_of(recipe) -> dict[str, float]:
     return {CLIPS: 1 - 1 / every, IMAGES: 1 / every} if every else {CLIPS: 1.0}
 
 
-def memory_on(recipe, cluster) -> Memory:
-    """The part of `make_plan` that says whether it fits: memory of the iteration that needs most."""
-    found = (_memory(recipe, cluster, _part(recipe, cluster, kind)[2]) for kind in kinds_of(recipe))
-    return max(found, key=lambda memory: memory.device_bytes)
+def fits_on(recipe, cluster, *, text=None) -> bool:
+    """`make_plan(...).fits` alone, of a recipe that divides; a search asks it of every layout."""
+    limit = cluster.memory_gib * GIB
+    shares = (_part(recipe, cluster, kind, text)[2] for kind in kinds_of(recipe))
+    return all(_memory(recipe, cluster, share).device_bytes <= limit for share in shares)
 
 
 def _part(recipe, cluster, kind, text=None):

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 
 from nemo_moviegen.layout import CHOICES
 from nemo_moviegen.planning.memory import GIB
-from nemo_moviegen.planning.plan import IMAGES, Plan, kinds_of, make_plan, memory_on
+from nemo_moviegen.planning.plan import IMAGES, Plan, fits_on, kinds_of, make_plan
+from nemo_moviegen.planning.told import bytes_by_part, changes_to, describe
 from nemo_moviegen.settings import override
 
 MOST_RANKS = 64
@@ -46,19 +47,19 @@ class Search:
         return min(self.plans, key=lambda plan: _distance(plan, self.asked), default=None)
 
 
-def search(recipe, cluster) -> Search:
+def search(recipe, cluster, *, text=None) -> Search:
     """Plans of all legal layouts and micro-batches of a `VideoRecipe`; ValueError if its own is illegal."""
-    asked, refused, plans = make_plan(recipe, cluster), Counter(), []
+    asked, refused, plans = make_plan(recipe, cluster, text=text), Counter(), []
     for candidate in _candidates(recipe, cluster.num_ranks, refused):
-        if memory_on(candidate, cluster).device_bytes > cluster.memory_gib * GIB:
-            refused["memory"] += 1
+        if fits_on(candidate, cluster, text=text):
+            plans.append(make_plan(candidate, cluster, text=text))
         else:
-            plans.append(make_plan(candidate, cluster))
+            refused["memory"] += 1
     plans.sort(key=_order)
     return Search(asked=asked, plans=tuple(plans), refused=dict(refused))
 
 
-def why(recipe, cluster, changes) -> str:
+def why(recipe, cluster, changes, *, text=None) -> str:
     """One line on the layout that `changes` (tensor=8, context=2, micro_batch=1) make of the recipe's.
 
     Why it is refused; by how much it does not fit and what is nearest; or its place among those that fit.
@@ -68,7 +69,7 @@ def why(recipe, cluster, changes) -> str:
     ]
     try:
         wanted = override(recipe, keys)
-        found = search(wanted, cluster)
+        found = search(wanted, cluster, text=text)
     except ValueError as error:
         return f"refused: {error}"
     if not found.asked.fits:
@@ -105,38 +106,6 @@ def why_not(found) -> str:
         f"{said}nearest that fits: {' '.join(changes_to(nearest, asked))} "
         f"({nearest.memory.device_bytes / GIB:.1f} GiB{_seconds(nearest)})"
     )
-
-
-def describe(plan) -> str:
-    """A layout in a few words: TP4 CP2 DP512, full sharding, recompute full, micro-batch 1."""
-    layout = plan.layout
-    copies = layout.data_parallel(plan.num_ranks)
-    words = [f"TP{layout.tensor} CP{layout.context} DP{copies}", f"sharding {layout.sharding}"]
-    words.append(f"recompute {layout.recompute}")
-    if layout.context > 1:
-        words.append(layout.context_comm)
-    return ", ".join([*words, f"micro-batch {plan.micro_batch}"])
-
-
-def changes_to(plan, asked) -> list[str]:
-    """key=value for each setting of `plan` that differs from the asked one's: what to type."""
-    ours, theirs = asdict(plan.layout), asdict(asked.layout)
-    changes = [f"layout.{name}={value}" for name, value in ours.items() if value != theirs[name]]
-    if plan.micro_batch != asked.micro_batch:
-        changes.append(f"micro_batch={plan.micro_batch}")
-    return changes
-
-
-def bytes_by_part(memory) -> dict[str, float]:
-    """Bytes of a rank at its peak by component; they sum to `device_bytes`."""
-    values = asdict(memory)
-    backward = memory.activations + memory.working + memory.head + memory.batch
-    gone = (
-        ("activations", "working", "head", "batch")
-        if memory.optimizer_step > backward
-        else ("optimizer_step",)
-    )
-    return {name: 0.0 if name in gone else value for name, value in values.items()}
 
 
 def key_of(plan):

@@ -1,5 +1,7 @@
 """Which rank holds how many of a model's parameters, exactly: tensor pieces, copies, shards."""
 
+from functools import lru_cache
+
 from nemo_moviegen.flops import parameters
 
 CUT_BY_TENSOR = (
@@ -13,8 +15,13 @@ CUT_BY_TENSOR = (
 
 def held_by_tensor_rank(size, tensor) -> dict[str, int]:
     """Parameters of each component that one tensor rank computes with, before data-parallel ranks share."""
-    counts = parameters(size)
+    counts = _parameters(size)
     return {name: n // tensor if name in CUT_BY_TENSOR else n for name, n in counts.items()}
+
+
+@lru_cache(maxsize=16)
+def _parameters(size):
+    return parameters(size)
 
 
 def in_layers(size, tensor) -> int:
