@@ -59,12 +59,12 @@ def nearest_bucket(size, latent_shape, divisor):
     """
     frames, height, width = latent_shape
     tokens = size.num_tokens(latent_shape)
+    of_a_patch = size.num_tokens((frames, size.patch_height, size.patch_width))
     fitting = [
-        shape
+        (frames, rows * size.patch_height, columns * size.patch_width)
         for rows in range(1, size.max_height + 1)
         for columns in range(1, size.max_width + 1)
-        if size.num_tokens(shape := (frames, rows * size.patch_height, columns * size.patch_width)) % divisor
-        == 0
+        if of_a_patch * rows * columns % divisor == 0
     ]
     return min(
         fitting,

@@ -5,16 +5,16 @@ from pathlib import Path
 
 
 def read_metrics(folder) -> list[dict]:
-    """Lines of metrics.jsonl without the speeds; a last one that was being written does not count."""
+    """Lines of metrics.jsonl without speed and memory; a last one that was being written does not count."""
     path, lines = Path(folder, "metrics.jsonl"), []
     for text in path.read_text(encoding="utf-8").splitlines(True) if path.is_file() else []:
         if text.endswith("\n"):
-            lines.append({k: v for k, v in json.loads(text).items() if not _is_clock(k)})
+            lines.append({k: v for k, v in json.loads(text).items() if not _is_machines(k)})
     return lines
 
 
-def _is_clock(name):
-    return name.startswith("speed/") or name.endswith("seconds")
+def _is_machines(name):
+    return name.startswith(("speed/", "memory/")) or name.endswith("seconds")
 
 
 def difference(lines, reference) -> str:

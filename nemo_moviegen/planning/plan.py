@@ -194,7 +194,7 @@ def _part(recipe, cluster, kind, text=None):
     frames = 1 if kind == IMAGES else recipe.latent_frames
     shape = (frames, recipe.latent_height, recipe.latent_width)
     samples = recipe.images_per_step if kind == IMAGES else recipe.global_batch
-    share = share_of(recipe, cluster.num_ranks, latent_shape=shape, text=text)
+    share = share_of(recipe, cluster.num_ranks, cluster.accelerator, latent_shape=shape, text=text)
     return shape, samples, replace(share, micro_batch=share.micro_batch * samples // recipe.global_batch)
 
 

@@ -65,7 +65,7 @@ class Share:
         return self.micro_batch * sum(self.text.values())
 
 
-def share_of(recipe, num_ranks, *, latent_shape=None, text=None) -> Share:
+def share_of(recipe, num_ranks, accelerator, *, latent_shape=None, text=None) -> Share:
     """One rank's part of a `VideoRecipe`'s micro-batch of its largest clips, or of those of `latent_shape`.
 
     `text` is the tokens of one prompt by encoder; default: `TEXT_TOKENS` in all. ValueError where the layout
@@ -83,5 +83,5 @@ def share_of(recipe, num_ranks, *, latent_shape=None, text=None) -> Share:
         micro_batch=recipe.micro_batch,
         tokens=recipe.size.num_tokens(shape),
         text={name: min(tokens, limits[name]) for name, tokens in text.items()},
-        fused=recipe.precision not in NUMBER_BYTES,
+        fused=accelerator != "cpu" and recipe.precision not in NUMBER_BYTES,
     )

@@ -105,14 +105,19 @@ class RunRecord:
 
 
 def memory() -> dict[str, float]:
-    """memory/peak_gib: the most torch has allocated on the GPU; without one memory/resident_gib, now."""
+    """memory/peak_gib: the most torch has allocated on the GPU; without one memory/resident_gib, now, and
+    memory/peak_gib where the run counts its tensors (tensor_bytes.py)."""
     import torch
 
     if torch.cuda.is_available():
         return {"memory/peak_gib": torch.cuda.max_memory_allocated() / 2**30}
     import psutil
 
-    return {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+    from nemo_moviegen.training import tensor_bytes
+
+    resident = {"memory/resident_gib": psutil.Process().memory_info().rss / 2**30}
+    counted = tensor_bytes.peak_bytes()
+    return resident if counted is None else resident | {"memory/peak_gib": counted / 2**30}
 
 
 def open_after(path, step):

@@ -9,6 +9,7 @@ from nemo_moviegen.precision import fp8_settings, is_fp8, is_mixed, why_not_fp8
 from nemo_moviegen.training.checkpoint import starting_checkpoints
 from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_nemo
 from nemo_moviegen.training.record import quiet, write_recipe
+from nemo_moviegen.training.tensor_bytes import counted
 
 
 def train(recipe):
@@ -32,12 +33,13 @@ def train(recipe):
     from nemo_moviegen.training.module import FlowMatchingModule
     from nemo_moviegen.training.stopping import fit
 
-    data = LatentDataModule(recipe)
-    module = FlowMatchingModule(recipe, uses_transformer_engine=fused, is_fresh=own is None)
-    if int(os.environ.get("RANK", 0)) == 0:
-        write_recipe(recipe)
-    trainer = _trainer(recipe, module, data, num_ranks, own, other)
-    fit(trainer, module, data)
+    with counted():
+        data = LatentDataModule(recipe)
+        module = FlowMatchingModule(recipe, uses_transformer_engine=fused, is_fresh=own is None)
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_recipe(recipe)
+        trainer = _trainer(recipe, module, data, num_ranks, own, other)
+        fit(trainer, module, data)
     return getattr(trainer, "last_metrics", None)
 
 

@@ -3,6 +3,7 @@
 The resident set of a process holds interpreter, libraries and freed pages too; a plan says nothing of those.
 """
 
+import contextlib
 import os
 import weakref
 
@@ -84,6 +85,23 @@ class TensorBytes(TorchDispatchMode):
         return resize_
 
 
-def is_asked_for() -> bool:
-    """Whether a run on a CPU counts the bytes of its tensors."""
-    return os.environ.get(TRACK) == "1" and not torch.cuda.is_available()
+_counting = []
+
+
+@contextlib.contextmanager
+def counted():
+    """While this lasts the bytes of tensors are counted, if `TRACK` asks for it and there is no GPU."""
+    if os.environ.get(TRACK) != "1" or torch.cuda.is_available():
+        yield
+        return
+    with TensorBytes() as tensors:
+        _counting.append(tensors)
+        try:
+            yield
+        finally:
+            _counting.remove(tensors)
+
+
+def peak_bytes() -> int | None:
+    """The most that was live at once so far; None where nothing is counted."""
+    return _counting[-1].peak if _counting else None

@@ -48,7 +48,7 @@ class Steps:
 
 def start_weights(size=tiny.SIZE) -> dict:
     """{name: whole parameter} that all layouts start from; call it on one rank."""
-    _join_groups(Layout())
+    join_groups(Layout())
     torch.manual_seed(0)
     model = VideoTransformer(video_config(size, Layout(), "fp64"))
     tiny.open_gates(model)
@@ -62,7 +62,7 @@ def two_steps(layout, batches, micro_batch, weights, size=tiny.SIZE, plant=None)
     The second step sees the samples in their next epoch: other noise and times. `plant(model, wrapped)` may
     plant a bug once all is built.
     """
-    _join_groups(layout)
+    join_groups(layout)
     model = VideoTransformer(video_config(size, layout, "fp64"))
     model.config.finalize_model_grads_func = finalize_model_grads
     with torch.no_grad():
@@ -115,7 +115,7 @@ def _error(own, true):
     return error / scale if scale and error == error else float("inf")
 
 
-def _join_groups(layout):
+def join_groups(layout):
     """Process groups take longer than a step: they are kept from row to row while the layout stays."""
     wanted = (layout.tensor, layout.context)
     if parallel_state.model_parallel_is_initialized():

@@ -22,7 +22,7 @@ from nemo_moviegen.training import monitor
 from nemo_moviegen.video import model, parallel
 from parallel.matrix import MIXED_SHAPES, mixed, pack
 from parallel.runs import recipe, train_on_ranks, write_latents
-from parallel.steps import _join_groups
+from parallel.steps import join_groups
 from parallel.test_monitor import PARAMETERS, reports
 
 ALONE = Layout()
@@ -79,7 +79,7 @@ def test_a_pack_that_does_not_split_says_so(lengths, pieces, context, message, m
 
 
 def _built(layout=ALONE, size=tiny.SIZE):
-    _join_groups(layout)
+    join_groups(layout)
     return model.VideoTransformer(model.video_config(size, layout, "fp64"))
 
 
@@ -210,7 +210,7 @@ def _losses(run):
 
 
 def _agree(layout, samples):
-    _join_groups(layout)
+    join_groups(layout)
     rank, copies = dist.get_rank(), layout.data_parallel(dist.get_world_size())
     report = replace(reports(tensor=layout.tensor, data=copies)[rank], samples=samples[rank])
     return monitor.all_agree(report, PARAMETERS)
