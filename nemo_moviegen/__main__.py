@@ -144,6 +144,31 @@ def train_command(options):
     return launch(recipe, debug=options.debug)
 
 
+def submit_command(options):
+    """Check a recipe and hand it to SLURM."""
+    from nemo_moviegen.cluster import read_cluster
+    from nemo_moviegen.recipe import override
+    from nemo_moviegen.submit import make_job, submit, summary
+    from nemo_moviegen.tables import find_recipe, show_pairs
+
+    recipe = override(find_recipe(options.recipe), options.settings)
+    if options.cluster:
+        recipe = replace(recipe, cluster=options.cluster)
+    job = make_job(
+        recipe,
+        read_cluster(recipe.cluster),
+        options.recipe,
+        options.settings,
+        after=options.after,
+        check_paths=not options.skip_paths,
+    )
+    rows = summary(job)
+    show_pairs(rows)
+    print(job.line)
+    if not options.dry_run:
+        print(f"job {submit(job)}: `moviegen progress {dict(rows)['output']}` says where it stands")
+
+
 def progress_command(options):
     """Make the page of a run folder and print one screen."""
     from rich.console import Console
@@ -297,6 +322,7 @@ COMMANDS = {
     "curate": curate_command,
     "plan": plan_command,
     "train": train_command,
+    "submit": submit_command,
     "progress": progress_command,
     "average": average_command,
     "encode": encode_command,

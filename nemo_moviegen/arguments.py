@@ -83,7 +83,15 @@ def _parser():
         metavar="key=value",
         help="settings to change, as in num_steps=10 layout.tensor=2",
     )
-    add("--cluster", help="where it runs: a name of recipes/clusters, as cluster=NAME")
+    add("--cluster", help="where it runs: a name of recipes/clusters or a YAML file, as cluster=NAME")
+
+    add = command("submit", "check a recipe and hand it to SLURM as a batch job (slurm/train.sbatch)")
+    add("recipe", help="a recipe's name or YAML file")
+    add("settings", nargs="*", metavar="key=value", help="settings to change, as for train")
+    add("--cluster", help="a name of recipes/clusters or a YAML file of your site; default: the recipe's")
+    add("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    add("--after", default="", metavar="JOB", help="start when that job has finished well")
+    add("--skip-paths", action="store_true", help="look at no file: data and output are on the nodes alone")
 
     add = command("progress", "make the page of a run, running or ended, and print where it stands")
     add("run_folder", metavar="RUN", help="output folder of the run; gets progress.html")

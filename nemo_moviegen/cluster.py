@@ -1,12 +1,47 @@
 """Where a recipe runs: the YAML files of `recipes/clusters`, and what is checked before launch. No torch."""
 
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nemo_moviegen.recipe import TaeRecipe
 from nemo_moviegen.settings import from_plain, nearest
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "clusters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm:
+    """What a site's SLURM wants to be told of a batch job; empty = its own default."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    time_limit: str = ""
+    """As sbatch takes it, in quotes: "24:00:00"."""
+    gpus_per_node: int = -1
+    """GPUs asked for; -1 = as many as ranks, or none on a CPU cluster; 0 = the site counts no GPUs."""
+    container: str = ""
+    """An image that pyxis takes, file or registry#name; empty = the environment the job is submitted from."""
+    mounts: tuple[str, ...] = ()
+    """Folders the container sees besides the project's, as /data:/data."""
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, as --constraint=h100."""
+    environment: tuple[str, ...] = ()
+    """NAME=value, set for the job and its ranks, as NCCL_IB_HCA=mlx5."""
+
+    def __post_init__(self):
+        _check_entries("mounts", self.mounts, r"[^:]+(:[^:]+)+", "SOURCE:TARGET")
+        _check_entries("options", self.options, r"-.+", "--NAME or --NAME=value")
+        _check_entries("environment", self.environment, r"[A-Za-z_]\w*=.*", "NAME=value")
+        if self.gpus_per_node < -1:
+            raise ValueError(f"slurm.gpus_per_node is {self.gpus_per_node}; use -1, 0 or a number of GPUs")
+
+
+def _check_entries(name, values, pattern, what):
+    for value in values:
+        if not re.fullmatch(pattern, value) or re.search(r"\s", value):
+            raise ValueError(f"slurm.{name} has {value!r}; it needs {what}, without spaces")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +63,7 @@ class Cluster:
     """Bandwidth between nodes, a rank and direction; 0 = unknown."""
     root: str = "."
     """Folder that the relative paths of a recipe start from."""
+    slurm: Slurm = field(default_factory=Slurm)
 
     def __post_init__(self):
         for name in ("nodes", "ranks_per_node", "memory_gib"):
@@ -37,6 +73,13 @@ class Cluster:
                 )
         if not self.root:
             raise ValueError(f"cluster {self.name}: root is empty; use a folder, . for the present one")
+        gpus = self.slurm.gpus_per_node
+        if 0 < gpus < self.ranks_per_node:
+            raise ValueError(
+                f"cluster {self.name}: {self.ranks_per_node} ranks on a node of {gpus} GPUs "
+                f"(slurm.gpus_per_node), and a rank is a GPU: set ranks_per_node to {gpus}, and nodes to "
+                f"{-(-self.num_ranks // gpus)} for as many ranks"
+            )
 
     @property
     def num_ranks(self) -> int:
@@ -49,22 +92,42 @@ def cluster_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
+def cluster_file(name) -> Path:
+    """Where a cluster is written down: a name of `recipes/clusters`, or the path of a site's own YAML file.
+
+    ValueError names the nearest if there is none.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise ValueError(
+                f"no cluster file {name}: copy recipes/clusters/site.yaml.template and fill it in"
+            )
+        return path
+    if name not in cluster_names():
+        raise ValueError(f"no cluster {name!r}{nearest(name, cluster_names())}")
+    return FOLDER / f"{name}.yaml"
+
+
 def read_cluster(name) -> Cluster:
-    """The cluster of that name, `${oc.env:...}` filled in; ValueError names the nearest if unknown."""
+    """The cluster of that name or file, `${oc.env:...}` filled in; ValueError says what is wrong with it."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    if name not in cluster_names():
-        raise ValueError(f"no cluster {name!r}{nearest(name, cluster_names())}")
-    path = FOLDER / f"{name}.yaml"
+    path = cluster_file(name)
     try:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cluster {name} ({path.name}): {str(error).splitlines()[0]}") from None
+    limit = values.get("slurm", {}).get("time_limit") if isinstance(values, dict) else None
+    if type(limit) is int:
+        raise ValueError(
+            f'cluster {name}: slurm.time_limit must be in quotes, as "24:00:00": YAML reads {limit}'
+        )
     cluster = from_plain(Cluster, values, f"cluster {name}")
-    if cluster.name != name:
-        raise ValueError(f"{path.name} holds the cluster {cluster.name!r}; its name must be {name!r}")
+    if cluster.name != path.stem:
+        raise ValueError(f"{path.name} holds the cluster {cluster.name!r}; its name must be {path.stem!r}")
     return cluster
 
 

@@ -7,9 +7,11 @@ moviegen train, nemo moviegen train ---> launch --+--> as many ranks as the clus
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
+from nemo_moviegen.planning.search import memory_problem
 from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
 from nemo_moviegen.stopping import Stopped
@@ -26,18 +28,13 @@ def launch(recipe, debug=False) -> int:
     batch, the number of ranks or the inputs do not fit.
     """
     cluster = read_cluster(recipe.cluster)
-    check_on_cluster(recipe, cluster)
-    if is_fp8(recipe.precision) and cluster.accelerator == "cpu":
-        raise ValueError(
-            f"{recipe.name} trains in {recipe.precision}, and cluster {cluster.name} has no GPU: set "
-            "precision=bf16, or a cluster of H100s"
-        )
+    check_run(recipe, cluster)
     here = placed(recipe, cluster)
     started = int(os.environ.get("WORLD_SIZE", 0))
     if not started and cluster.nodes > 1:
         raise ValueError(
             f"cluster {cluster.name} has {cluster.nodes} nodes, this is one process: submit "
-            f"RECIPE={recipe.name} CLUSTER={cluster.name} with slurm/train.sbatch, or name a smaller cluster"
+            f"it with moviegen submit {recipe.name} --cluster {recipe.cluster}, or name a smaller cluster"
         )
     check_inputs(here)
     if not started and cluster.num_ranks > 1:
@@ -56,8 +53,21 @@ def launch(recipe, debug=False) -> int:
     return 0
 
 
+def check_run(recipe, cluster):
+    """ValueError where layout, batch, memory or number format do not fit the cluster; looks at no path."""
+    check_on_cluster(recipe, cluster)
+    if is_fp8(recipe.precision) and cluster.accelerator == "cpu":
+        raise ValueError(
+            f"{recipe.name} trains in {recipe.precision}, and cluster {cluster.name} has no GPU: set "
+            "precision=bf16, or a cluster of H100s"
+        )
+    if not isinstance(recipe, TaeRecipe) and (problem := memory_problem(recipe, cluster)):
+        raise ValueError(f"{problem}; or set memory_gib of the cluster to what its ranks have")
+
+
 def check_inputs(recipe):
-    """ValueError naming what `recipe` reads and does not find."""
+    """ValueError naming what `recipe` reads and does not find, or where it can not write."""
+    _check_output(recipe)
     _check_progress(recipe)
     if isinstance(recipe, TaeRecipe):
         _check_autoencoder_inputs(recipe)
@@ -85,6 +95,18 @@ def check_inputs(recipe):
             f"{recipe.name} starts from the run in {recipe.init_from}, which holds no recipe.yaml: "
             f"train that stage first, or set init_from (empty = fresh weights)"
         )
+
+
+def _check_output(recipe):
+    output = Path(recipe.output).absolute()
+    there = next(folder for folder in (output, *output.parents) if folder.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=".part-", dir=there).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"{recipe.name} writes into {output}, and {there} can not be written ({error.strerror}): set "
+            "output=..., or MOVIEGEN_ROOT to a folder of yours"
+        ) from None
 
 
 def _check_progress(recipe):

@@ -54,9 +54,8 @@ def slurm_executor(cluster) -> run.Config[run.SlurmExecutor]:
 
     Submitted from this machine. Partition, account, time limit, container and mounts are the cluster's own.
     """
-    site = getattr(cluster, "slurm", None)
     names = ("account", "partition", "qos", "time_limit", "container", "mounts")
-    stated = {name: getattr(site, name, "") or None for name in names}  # an empty one is SLURM's default
+    stated = {name: getattr(cluster.slurm, name) or None for name in names}  # an empty one is SLURM's default
     container = stated["container"]
     bare = f"export PATH={Path(sys.executable).parent}:$PATH"
     return run.Config(

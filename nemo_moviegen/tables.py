@@ -108,6 +108,16 @@ A 100-word caption is about 128 tokens in each of UL2 and MetaCLIP; ByT5 sees qu
 is 2 x forward."""
 
 
+def show_pairs(rows):
+    """Print (what, value) rows."""
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for what, value in rows:
+        table.add_row(f"[dim]{what}[/dim]", value)
+    show(table)
+
+
 def show(table):
     """Print `table`, as wide as it needs where the output is no terminal."""
     from rich.console import Console

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from random_latents import write_random_latents
 
 import recipes
-from nemo_moviegen.cluster import Cluster, cluster_names, read_cluster
+from nemo_moviegen.cluster import Cluster, Slurm, cluster_names, read_cluster
 from nemo_moviegen.sizes import VIDEO_TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of leptonai and fastapi, at import
@@ -94,11 +93,6 @@ def test_a_slurm_executor_submits_one_torchrun_a_node_of_the_cluster(tmp_path, s
     assert recipe == replace(recipes.get("video_30b.t2iv_768_cp2_4096"), num_steps=10)
 
 
-def site(**changes):
-    settings = {"partition": "train", "account": "video", "qos": "", "time_limit": "2-00:00:00"}
-    return SimpleNamespace(**settings | {"container": "", "mounts": ()} | changes)
-
-
 def rendered(cluster, monkeypatch, tmp_path):
     """The batch script of a recipe on a cluster, as NeMo-Run writes it in a dry run."""
     import fiddle
@@ -118,10 +112,15 @@ def rendered(cluster, monkeypatch, tmp_path):
 
 
 def test_partition_account_limit_and_container_are_the_clusters(monkeypatch, tmp_path):
-    class Placed(Cluster):
-        slurm = site(container="/images/moviegen.sqsh", mounts=("/shared:/shared", "/data:/data:ro"))
-
-    cluster = Placed(name="x", accelerator="h100", nodes=3, ranks_per_node=4, memory_gib=79, root="/shared")
+    site = Slurm(
+        partition="train",
+        account="video",
+        time_limit="2-00:00:00",
+        container="/images/moviegen.sqsh",
+        mounts=("/shared:/shared", "/data:/data:ro"),
+    )
+    facts = {"accelerator": "h100", "nodes": 3, "ranks_per_node": 4, "memory_gib": 79, "root": "/shared"}
+    cluster = Cluster(name="x", slurm=site, **facts)
     script = rendered(cluster, monkeypatch, tmp_path)
     stated = ("partition=train", "account=video", "time=2-00:00:00", "nodes=3", "gpus-per-node=4")
     for flag in stated:

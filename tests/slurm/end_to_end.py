@@ -161,7 +161,7 @@ def end_it_in_every_way(folder, latents):
     job.trains(attempt=3)
     slurm("scancel", job.id)
     job.ends("CANCELLED")
-    job.after("is CANCELLED, so it is left alone")
+    job.after("is (CANCELLED|COMPLETING), so it is left alone")
 
     print("job 3: a rank hangs", flush=True)
     job = Job(folder, latents, f"hang_minutes={HANG_MINUTES}")
