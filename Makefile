@@ -2,6 +2,7 @@
 #   make demo    raw videos -> autoencoder -> latents -> training on two ranks -> prompted samples -> out/demo/report.html
 #   make test    the test suite
 #   make chaos   the demo's training killed at 20 random instants and resumed: nothing may differ to the last bit
+#   make slurm-test   a run that a real SLURM of one node ends in six ways: likewise (needs root and Debian packages)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,10 +14,10 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # Ranks share the cores: more threads than cores each make two ranks several times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo chaos lint clean
+.PHONY: help setup test demo chaos slurm-test lint clean
 
 help:  ## what there is to make
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## the virtual environment, .venv
 
@@ -28,6 +29,9 @@ demo: $(STAMP)  ## the whole chain at toy size; ends with out/demo/report.html
 
 chaos: $(STAMP)  ## training killed at 20 random instants resumes to the last bit; CHAOS="--kills 3 --launcher"
 	$(BIN)/python tests/chaos.py $(CHAOS)
+
+slurm-test: $(STAMP)  ## SLURM with one node, out of Debian's packages: pre-empted, killed, cancelled, requeued, hung
+	$(BIN)/python tests/slurm/end_to_end.py
 
 lint: $(STAMP)  ## formatting and lint
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@ Starts SLURM with one node (one_node.sh) and submits slurm/train.sbatch with the
     job 1   nobody touches it: the reference
     job 2   time limit near -> saves, requeues itself; pre-empted by another job -> saves, requeues itself;
             a rank killed -> requeues itself; scancel -> saves, stays cancelled
-    job 3   the same submission again; a rank stopped (SIGSTOP) -> it is named, the job requeues; ends
+    job 3   the same submission again; a rank stopped (SIGSTOP) -> it is named, the job requeues; requeued by
+            an operator -> saves; ends
 
 Then each line of metrics.jsonl and the last checkpoint must be the reference's to the last bit. Where SLURM
 can not be installed it says why and ends with 0.
@@ -169,7 +170,12 @@ def end_it_in_every_way(folder, latents):
     found = job.after(r"moviegen: rank 1 .*is stuck.*")
     print(f"  {found.group()}", flush=True)
     job.after("requeueing job")
+
+    print("job 3: an operator requeues it", flush=True)
     job.trains(attempt=1)
+    slurm("scontrol", "requeue", job.id)
+    job.after(r"stopped after step .* \(SIGTERM to the batch script\)")
+    job.trains(attempt=2)
     job.ends("COMPLETED")
 
 
@@ -187,7 +193,7 @@ def main():
     ended_well = False
     try:
         assert started.returncode == 0, "one_node.sh failed"
-        os.environ.update(SLURM_CONF=str(out / "slurm" / "slurm.conf"), OMP_NUM_THREADS="1", PREFLIGHT="0")
+        os.environ.update(SLURM_CONF=str(out / "slurm" / "slurm.conf"), OMP_NUM_THREADS="1")
         latents = write_latents(out / "latents")
         begun = time.monotonic()
         print("job 1: the run that nobody ends", flush=True)
@@ -199,7 +205,7 @@ def main():
         differs = checkpoint_difference(out / "run", out / "whole")
         assert not differs, differs
         print(
-            f"slurm-test: {NUM_STEPS} steps of a run ended in five ways equal those of a run nobody ended, "
+            f"slurm-test: {NUM_STEPS} steps of a run ended in six ways equal those of a run nobody ended, "
             f"to the last bit; {time.monotonic() - begun:.0f} s"
         )
         ended_well = True
