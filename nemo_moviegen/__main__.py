@@ -251,8 +251,9 @@ def generate_command(options):
         seed=options.seed,
         batch_size=options.batch,
         tiling=_tiling(options, options.autoencoder),
+        task=options.task,
     )
-    print(*files, sep="\n")
+    print(*files, sep="\n") if files else print("nothing to do: the samples of this task are there")
 
 
 def bench_command(options):
@@ -301,6 +302,7 @@ def evaluate_command(options):
         tiling=_tiling(options, options.run_folder),
         fit=options.fit,
         seed=options.seed,
+        task=options.task,
     )
     if metrics:  # one rank has them
         show(results_table(metrics))

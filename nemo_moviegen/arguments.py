@@ -155,6 +155,7 @@ def _parser():
     add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
     add("--seed", type=int, default=0)
     add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
+    add("--task", type=_task, default=(0, 1), metavar="I/N", help="make one part of N, what is not there yet")
     _add_tiles(add)
 
     add = command("evaluate", "measure a trained model on held-out clips: numbers, pictures and a page")
@@ -175,6 +176,9 @@ def _parser():
     add("--features", default="random", help="FID's: random, TorchScript or .pt2 file, package.module:name")
     add("--output", default="out/evaluation", help="folder for metrics and pictures (%(default)s)")
     add("--seed", type=int, default=0, help="which clips are drawn (%(default)s)")
+    add(
+        "--task", type=_task, default=(0, 1), metavar="I/N", help="measure one part of N; the last one writes"
+    )
     _add_tiles(add)
 
     add = command("bench", "measure ways to do the same work, in turns, with their ratios")

@@ -42,8 +42,12 @@ def generate(
     seed=0,
     batch_size=4,
     tiling=None,
+    task=(0, 1),
 ) -> list[Path]:
     """Write one mp4 a prompt (PNG for num_frames = 1), a contact sheet and the settings; returns the files.
+
+    `task` (I, N) makes every Nth sample from the Ith, and of those only what is not there yet; its settings
+    and its sheet carry its number.
 
     Sampling is Euler over the linear-quadratic schedule with classifier-free guidance (s3.4); where
     `guidance_scale` is None the recipe's counts. The noise of prompt i is keyed by (seed, i), so neither
@@ -72,6 +76,21 @@ def generate(
     schedule = flow.linear_quadratic_schedule(num_steps, emulated_steps)
     check_fits(run_folder, latent_THW)
     check_writable(output)
+    settings = {
+        **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in folders.items()},
+        "num_frames": num_frames,
+        "height_px": height_px,
+        "width_px": width_px,
+        "fps": fps,
+        "schedule": f"linear-quadratic, {num_steps} Euler steps emulating {emulated_steps}",
+        "seed": seed,
+    }
+    rows = range(task[0], len(prompts), task[1])
+    if task[1] > 1:
+        check_settings(output, settings)
+        rows = [row for row in rows if not sample_file(output, row, prompts[row], num_frames).is_file()]
+        if not rows:
+            return []
 
     latents = LatentReader(latents_folder)
     model, recipe = load_video_model(run_folder)
@@ -79,7 +98,7 @@ def generate(
     device = next(model.parameters()).device
     encoders = TextEncoders.load(encoders_folder, recipe.size.contexts, device=device)
     limits = (recipe.size.contexts, recipe.data.token_limits)
-    features = encoders.encode([with_fps(prompt, fps) for prompt in prompts])
+    features = encoders.encode([with_fps(prompts[row], fps) for row in rows])
     features = [limit_text(feature, *limits) for feature in features]
     del encoders  # the largest of the three models: its memory is worth more to the decoder
     autoencoder = load_autoencoder(autoencoder_folder).to(device)
@@ -96,34 +115,40 @@ def generate(
         guidance_scale=scale,
         seed=seed,
         batch_size=batch_size,
+        numbers=list(rows),
     )
     seconds = time.perf_counter() - started
     videos = (decode(autoencoder, latent, mean_C, std_C, num_frames, tiling) for latent in latent_BTCHW)
-    files = write_samples(videos, num_frames, prompts, output, fps)
-    settings = {
-        **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in folders.items()},
+    sheet, told = (_of_task(output / name, task) for name in (SHEET_FILE, SETTINGS_FILE))
+    numbered = [(row, prompts[row]) for row in rows]
+    files = write_samples(videos, num_frames, numbered, output, fps, sheet)
+    settings |= {
         "recipe": recipe.name,
-        "num_frames": num_frames,
-        "height_px": height_px,
-        "width_px": width_px,
-        "fps": fps,
-        "schedule": f"linear-quadratic, {num_steps} Euler steps emulating {emulated_steps}",
         "guidance_scale": scale,
-        "seed": seed,
         "sampling_seconds": round(seconds, 3),
-        "samples": [{"prompt": p, "file": f.name} for p, f in zip(prompts, files, strict=True)],
+        "samples": [{"prompt": prompts[r], "file": f.name} for r, f in zip(rows, files, strict=True)],
     }
-    (output / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n")
-    return [*files, output / SHEET_FILE, output / SETTINGS_FILE]
+    told.write_text(json.dumps(settings, indent=2) + "\n")
+    return [*files, sheet, told]
 
 
 def sample_prompts(
-    model, features, empty_prompt, context_sizes, latent_TCHW, *, schedule, guidance_scale, seed, batch_size
+    model,
+    features,
+    empty_prompt,
+    context_sizes,
+    latent_TCHW,
+    *,
+    schedule,
+    guidance_scale,
+    seed,
+    batch_size,
+    numbers=None,
 ) -> torch.Tensor:
     """Normalised latents [B, T, C, H, W] on the CPU, one for each element of `features`.
 
     `features` and `empty_prompt` map an encoder's name to its real tokens [L, width]; `latent_TCHW` is
-    a shape.
+    a shape. `numbers` are the samples' own, which key their noise; default: 0, 1, 2, ...
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -135,7 +160,7 @@ def sample_prompts(
         TimeRemainingColumn(),
     )
     device = next(model.parameters()).device
-    starts = range(0, len(features), batch_size)
+    numbers, starts = list(numbers or range(len(features))), range(0, len(features), batch_size)
     latents = []
     with Progress(*columns) as progress:
         task = progress.add_task("", total=len(starts) * (len(schedule) - 1))
@@ -143,7 +168,7 @@ def sample_prompts(
             rows = range(start, min(start + batch_size, len(features)))
             latent_BTCHW = sample_latents(
                 model.velocity,
-                flow.draw_noise(latent_TCHW, seed, rows, [0] * len(rows)).to(device),
+                flow.draw_noise(latent_TCHW, seed, [numbers[r] for r in rows], [0] * len(rows)).to(device),
                 pad_contexts([features[row] for row in rows], context_sizes, device),
                 pad_contexts([empty_prompt] * len(rows), context_sizes, device),
                 schedule=schedule,
@@ -177,22 +202,33 @@ def pad_contexts(features, context_sizes, device=None):
     return tuple(contexts), tuple(masks)
 
 
-def write_samples(videos, num_frames, prompts, output, fps) -> list[Path]:
+def write_samples(videos, num_frames, numbered, output, fps, sheet) -> list[Path]:
     """One file a video, named by number and prompt, and the contact sheet; returns the files.
 
     A video is an iterable of chunks [t, 3, H, W], `num_frames` in all; only what the sheet shows is kept.
+    `numbered` has the (number, prompt) of each.
     """
     files, shown = [], []
-    for index, (chunks, prompt) in enumerate(zip(videos, prompts, strict=True)):
-        path, kept = output / f"{index:03d}-{_slug(prompt)}", []
+    for chunks, (number, prompt) in zip(videos, numbered, strict=True):
+        path, kept = sample_file(output, number, prompt, num_frames), []
         passing = keeping(chunks, pick_frames(num_frames, SHEET_COLUMNS), kept)
         if num_frames == 1:
-            files.append(write_png(torch.cat(list(passing))[0], path.with_name(f"{path.name}.png")))
+            files.append(write_png(torch.cat(list(passing))[0], path))
         else:
-            files.append(stream_mp4(passing, path.with_name(f"{path.name}.mp4"), fps))
+            files.append(stream_mp4(passing, path, fps))
         shown.append(torch.stack(kept))
-    contact_sheet(shown, prompts, output / SHEET_FILE, num_columns=SHEET_COLUMNS)
+    contact_sheet(shown, [prompt for _, prompt in numbered], sheet, num_columns=SHEET_COLUMNS)
     return files
+
+
+def sample_file(output, number, prompt, num_frames) -> Path:
+    """Where the sample of that number goes; it appears under its name when it is whole."""
+    ending = "png" if num_frames == 1 else "mp4"
+    return Path(output, f"{number:03d}-{_slug(prompt)}.{ending}")
+
+
+def _of_task(path, task):
+    return path if task[1] == 1 else path.with_name(f"{path.stem}-{task[0]}-of-{task[1]}{path.suffix}")
 
 
 def latent_size(num_frames, height_px, width_px) -> tuple[int, int, int]:
@@ -258,6 +294,17 @@ def check_writable(output):
         raise ValueError(
             f"cannot write to {output} ({error.strerror}); choose another output folder"
         ) from None
+
+
+def check_settings(output, settings):
+    """ValueError where samples in `output` were made with other settings: a task would take them for it."""
+    for path in sorted(output.glob(f"{Path(SETTINGS_FILE).stem}*.json")):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := [name for name, value in settings.items() if before.get(name) != value]:
+            raise ValueError(
+                f"{output} holds samples of another {', '.join(changed)} ({path.name}): choose another "
+                "output folder, or remove them"
+            )
 
 
 def _counted(items, advance):

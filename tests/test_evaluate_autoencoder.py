@@ -221,6 +221,34 @@ def test_two_ranks_find_what_one_finds(manifest, runs):
         assert all(map(np.array_equal, (one.original, *one.rebuilt), (two.original, *two.rebuilt)))
 
 
+def test_tasks_of_an_array_find_what_one_finds_and_measure_nothing_twice(
+    manifest, runs, tmp_path, monkeypatch
+):
+    """Seen to catch: a task that takes the clips of another, parts put together in their own order."""
+    ((metrics, found),) = evaluate_on_rank(*runs, manifest)
+    written = []
+    monkeypatch.setattr(evaluation, "_write", lambda output, *what: written.append(what))
+    settings = {"against": runs[1:], "seconds": (1,)}
+
+    def task(index, **changed):
+        return evaluate_autoencoder(runs[0], manifest, tmp_path, task=(index, 3), **settings | changed)
+
+    assert task(1) is None and task(2) is None and not written
+    assert task(0) is not None
+    ((of_three, found_of_three),) = written
+    assert [clip["job"] for clip in of_three["clips"]] == [clip["job"] for clip in metrics["clips"]]
+    for one, three in zip(metrics["rows"], of_three["rows"], strict=True):
+        for key in one.keys() - {"frames_per_second", "coding_seconds"}:
+            is_number = isinstance(one[key], float)
+            assert three[key] == (pytest.approx(one[key], rel=1e-6, abs=1e-9) if is_number else one[key]), key
+    assert [one.title for one in found.shown] == [three.title for three in found_of_three.shown]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "measure", lambda *_: pytest.fail("measured again"))
+        assert task(2)["rows"] == of_three["rows"]
+    with pytest.raises(ValueError, match="was measured with another seed"):
+        task(2, seed=1)
+
+
 def test_more_ranks_than_clips_share_the_tiles_of_each(manifest, runs):
     """Two clips, three ranks. Seen to catch: a rank without clips that leaves the others in their gather."""
     ((metrics, _),) = evaluate_on_rank(*runs, manifest, 1)

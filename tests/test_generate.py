@@ -135,11 +135,12 @@ def test_decoding_undoes_the_normalisation_of_each_channel():
 
 def test_videos_become_mp4_files_and_images_png_files(tmp_path):
     videos = [[torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 16, 16)], [torch.zeros(5, 3, 16, 16)]]
-    files = write_samples(videos, 5, ['A red "circle"!', "//"], tmp_path, fps=8)
-    files += write_samples([[torch.zeros(1, 3, 16, 16)]], 1, ["//"], tmp_path, fps=8)
+    sheet, numbered = tmp_path / "sheet.png", [(0, 'A red "circle"!'), (1, "//")]
+    files = write_samples(videos, 5, numbered, tmp_path, 8, sheet)
+    files += write_samples([[torch.zeros(1, 3, 16, 16)]], 1, [(0, "//")], tmp_path, 8, sheet)
     assert [file.name for file in files] == ["000-a-red-circle.mp4", "001-sample.mp4", "000-sample.png"]
     assert [len(read_frames(file)) for file in files] == [5, 5, 1]
-    assert (tmp_path / "contact_sheet.png").stat().st_size > 500
+    assert sheet.stat().st_size > 500
 
 
 def test_the_sheet_keeps_the_frames_it_shows_and_no_others():
@@ -274,8 +275,29 @@ def make_on_rank(folders, output):
         "weak": make(folders, output, PROMPTS[:1], guidance_scale=1.0, **image),
         "strong": make(folders, output, PROMPTS[:1], guidance_scale=8.0, **image),
         "empty": make(folders, output, PROMPTS[:1], guidance_scale=0.0, **image),
+        "tasks": make_by_tasks(folders, output / "tasks"),
         "empty other": make(folders, output, PROMPTS[1:2], guidance_scale=0.0, **image),
     }
+
+
+def make_by_tasks(folders, output):
+    """Frames of each sample, made by two tasks; what a third try of one made; what another seed is told."""
+    settings = {"num_frames": 11, "height_px": 32, "width_px": 48, "fps": 16, "num_steps": 4}
+    settings |= {"autoencoder_folder": folders["tae"], "encoders_folder": folders["encoders"]}
+    settings |= {"latents_folder": folders["latents"]}
+
+    def run(index, **changed):
+        return generate(folders["run"], PROMPTS, output, task=(index, 2), **settings | changed)
+
+    files = sorted(file for index in (1, 0) for file in run(index) if file.suffix == ".mp4")
+    try:
+        run(0, seed=1)
+        told = ""
+    except ValueError as error:
+        told = str(error)
+    files[0].unlink()
+    again = [file.name for file in run(0)]
+    return [read_frames(file).astype(int) for file in files], again, run(1), told
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +314,16 @@ def test_prompts_become_videos_through_the_real_models(made):
     assert abs(videos[0] - videos[1]).mean() > 1
     (alone,), _ = made["first"]
     assert abs(alone - videos[0]).max() <= 2, "a sample does not depend on its batch"
+
+
+def test_tasks_of_an_array_make_the_samples_of_one_and_only_what_is_missing(made):
+    frames, again, nothing, told = made["tasks"]
+    assert len(frames) == len(PROMPTS)
+    for by_task, whole in zip(frames, made["all"][0], strict=True):
+        assert abs(by_task - whole).max() <= 2
+    assert len(again) == 3 and again[0].startswith("000-"), "one video, its sheet, its settings"
+    assert again[1:] == ["contact_sheet-0-of-2.png", "settings-0-of-2.json"]
+    assert nothing == [] and "samples of another seed" in told
 
 
 def test_the_prompt_changes_the_image_and_guidance_strengthens_it(made):

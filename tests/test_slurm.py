@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ STAND_INS = {
     "python": 'printf "%s\\n" "$@" >"$CALLS/python"; echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
     'touch "$CALLS/up"; until [ ! "${UNTIL_ASKED-}" ] || [ -e "$MOVIEGEN_STOP" ]; do sleep 0.02; done; '
     'sleep "${SECONDS_TO_RUN:-0}"; exit "${PYTHON_EXIT:-0}"',
-    "scontrol": 'echo "$@" >>"$CALLS/scontrol"; case "$2" in hostnames) printf "n07\\nn08\\n" ;; '
+    "scontrol": 'echo "$@" >>"$CALLS/scontrol"; case "$2" in hostnames) printf "%s\\n" ${HOSTS:-n07 n08} ;; '
     'job) echo "JobId=41234 JobName=moviegen JobState=${JOB_STATE:-RUNNING} Reason=None" ;; esac',
 }
 
@@ -122,6 +123,8 @@ def test_the_number_of_nodes_must_be_the_clusters(job):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
+        ({"CONTAINER": "/images/missing.sqsh"}, "the container /images/missing.sqsh is not on"),
+        ({"CLUSTER": "/site/missing.yaml"}, "no cluster '/site/missing.yaml'"),
         ({"CLUSTER": "h100"}, "no cluster 'h100'; known: cpu_2 h100_1536"),
         ({"CLUSTER": ""}, "set CLUSTER"),
         ({"RECIPE": ""}, "set RECIPE"),
@@ -144,6 +147,29 @@ def test_a_container_sees_the_project_and_what_the_site_mounts(job, tmp_path):
     assert f"--container-workdir={project}" in srun
     submit(job)
     assert not [argument for argument in called(job, "srun") if "container" in argument]
+
+
+def test_a_sites_own_file_says_nodes_container_and_mounts(job, tmp_path):
+    text = (ROOT / "recipes" / "clusters" / "site.yaml.template").read_text()
+    text = text.replace('container: ""', "container: nvcr.io#nvidia/nemo:25.09")
+    text = text.replace("mounts: []", "mounts: [/data:/data, /scratch:/scratch]")
+    (tmp_path / "site.yaml").write_text(text)
+    result = submit(job, CLUSTER=str(tmp_path / "site.yaml"), SLURM_JOB_NUM_NODES="64")
+    assert result.returncode == 0, result.stderr
+    srun = called(job, "srun")
+    assert "--container-image=nvcr.io#nvidia/nemo:25.09" in srun
+    assert [a for a in srun if a.startswith("--container-mounts=")][0].endswith(
+        ",/data:/data,/scratch:/scratch"
+    )
+
+
+def test_a_port_that_someone_listens_at_is_not_taken(job):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", 21234))
+        taken.listen()
+        submit(job, HOSTS="localhost")
+    assert "--rdzv-endpoint=localhost:21235" in called(job, "python")
 
 
 @pytest.mark.parametrize("code", [0, 2, 76])
@@ -230,6 +256,26 @@ def test_a_task_of_an_array_encodes_its_share(array):
     assert (options.command, options.task, options.manifests) == ("encode", (3, 8), ["with space.parquet"])
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", "run", "--prompts-file", "p.txt", "--output", "o", *("--autoencoder", "t"))
+        + ("--encoders", "e", "--latents", "l"),
+        ("evaluate", "tae", "run", "clips.parquet"),
+        ("curate", "videos", "out", "--recipe", "curation.tiny"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_generation_evaluation_and_curation_are_shared_too_in_a_container(array, tmp_path, command):
+    from nemo_moviegen.arguments import parse
+
+    submit_array(array, *command, CONTAINER="site/moviegen:1", MOUNTS="/data:/data")
+    options = parse(called(array, "python")[2:])
+    assert (options.command, options.task) == (command[0], (3, 8))
+    project = tmp_path / "project"
+    assert f"--container-mounts={project}:{project},/data:/data" in called(array, "srun")
+
+
 def test_some_tasks_of_a_larger_array_keep_their_numbers(array):
     submit_array(array, *ENCODE, SLURM_ARRAY_TASK_ID="17", SLURM_ARRAY_TASK_COUNT="2", NUM_TASKS="64")
     assert called(array, "python")[-1] == "17/64"
@@ -240,7 +286,7 @@ def test_some_tasks_of_a_larger_array_keep_their_numbers(array):
     [
         (ENCODE, {"SLURM_ARRAY_TASK_ID": "8"}, "task 8 of 8: let the array start at 0, or set NUM_TASKS"),
         (ENCODE, {"SLURM_ARRAY_TASK_ID": ""}, "submit it as an array"),
-        (("train", "video_30b"), {}, "'train' has no tasks; use curate or encode"),
+        (("train", "video_30b"), {}, "'train' has no tasks; use curate, encode, generate or evaluate"),
         ((), {}, "'' has no tasks"),
     ],
 )

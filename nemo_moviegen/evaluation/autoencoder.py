@@ -24,6 +24,7 @@ from nemo_moviegen.data.fit import WHITE
 from nemo_moviegen.data.frames import read_clip
 from nemo_moviegen.evaluation.features import RANDOM, find_features
 from nemo_moviegen.evaluation.measuring import PIXELS_PER_LATENT, Found, load_runs, measure, together
+from nemo_moviegen.evaluation.parts import all_parts, read_part, write_part
 from nemo_moviegen.evaluation.pictures import latent_dots, side_by_side
 from nemo_moviegen.evaluation.report import write_report
 from nemo_moviegen.evaluation.rows import result_rows
@@ -49,6 +50,7 @@ def evaluate_autoencoder(
     tiling=None,
     fit=False,
     seed=0,
+    task=(0, 1),
 ) -> dict | None:
     """Measure a run, and those it is compared with, on the same frames; returns what metrics.json holds.
 
@@ -58,6 +60,7 @@ def evaluate_autoencoder(
 
     PSNR and SSIM: mean over frames, then over clips, of reconstructions that are clamped but not rounded.
     FID: over all frames of a row, as bytes. Outliers: of the posterior's mean. Ranks but 0 return None.
+    `task` (I, N) measures every Nth clip from the Ith (parts.py); all but the last to end return None.
     ValueError for what cannot be measured: a folder without an autoencoder, a clip that cannot be read, a run
     that decodes to NaN.
     """
@@ -75,16 +78,6 @@ def evaluate_autoencoder(
             for group in groups
             for clip, num_frames in zip(group.spans, group.num_frames, strict=True)
         ]
-        shares = dist.group.WORLD if len(jobs) < num_ranks else None  # of the tiles of each clip
-        found, mine = Found(), range(len(jobs)) if shares else range(rank, len(jobs), num_ranks)
-        videos = ahead((_read(*jobs[job][1:], bucket, crop) for job in mine), 1)
-        for job, video_TCHW in zip(_tracked(mine, rank), videos, strict=True):
-            name, clip, _ = jobs[job]
-            measure(found, job, name, clip, video_TCHW.to(device), runs, network, tiling, shares)
-        if shares is None:
-            found = _gathered(found, rank, num_ranks)
-        if rank:
-            return None
         settings = {
             "runs": {run.label: run.folder for run in runs},
             "clips": str(clips),
@@ -103,6 +96,25 @@ def evaluate_autoencoder(
             "device": device.type,
             "ranks": num_ranks,
         }
+        found = read_part(output, task, settings) if task[1] > 1 else None
+        if found is None:
+            mine = range(task[0], len(jobs), task[1])
+            shares = dist.group.WORLD if len(mine) < num_ranks else None  # of the tiles of each clip
+            found, mine = Found(), mine if shares else mine[rank::num_ranks]
+            videos = ahead((_read(*jobs[job][1:], bucket, crop) for job in mine), 1)
+            for job, video_TCHW in zip(_tracked(mine, rank), videos, strict=True):
+                name, clip, _ = jobs[job]
+                measure(found, job, name, clip, video_TCHW.to(device), runs, network, tiling, shares)
+            if shares is None:
+                found = _gathered(found, rank, num_ranks)
+        if rank:
+            return None
+        if task[1] > 1:
+            write_part(output, task, settings, found)
+            found, missing = all_parts(output, task[1], settings)
+            if missing:
+                print(f"task {task[0]}/{task[1]} is done; other tasks owe {missing}, the last of them writes")
+                return None
         compressions = {run.label: run.compression for run in runs}
         rows = result_rows(groups, compressions, found.clips, found.moments, network.name)
         metrics = {"settings": settings, "rows": rows, "clips": found.clips}
