@@ -158,7 +158,7 @@ def test_a_sites_own_file_says_nodes_container_and_mounts(job, tmp_path):
     assert result.returncode == 0, result.stderr
     srun = called(job, "srun")
     assert "--container-image=nvcr.io#nvidia/nemo:25.09" in srun
-    assert [a for a in srun if a.startswith("--container-mounts=")][0].endswith(
+    assert next(a for a in srun if a.startswith("--container-mounts=")).endswith(
         ",/data:/data,/scratch:/scratch"
     )
 
