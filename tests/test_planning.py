@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -263,6 +264,16 @@ def test_published_runs_as_a_table_and_as_json(capsys):
     assert [row["run"] for row in rows] == [r.name for r in published.RUNS]
     out = run(capsys, "--validate")[1]
     assert all(row["run"] in out and f"{row['ratio']:.3f}" in out for row in rows)
+
+
+def test_the_readme_shows_the_rows_that_are_printed():
+    rows = [
+        f"| {r['run']} | {r['published_mfu']:.1%} | {r['predicted_mfu']:.1%} | {r['ratio']:.2f} |"
+        for r in published.validation()
+    ]
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    table = readme.split("<!-- published:begin -->\n")[1].split("\n<!-- published:end -->")[0]
+    assert table.splitlines() == rows
 
 
 def test_the_page_shows_bars_and_layouts_and_asks_nobody_for_anything(capsys, tmp_path):
