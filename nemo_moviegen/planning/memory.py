@@ -114,7 +114,7 @@ def _working(share):
     the later it is.
     """
     most = activations.working(share)
-    if share.layout.sharding != "full":
+    if share.layout.sharding != "full" or share.state_pieces == 1:  # else there is nothing to gather
         return most
     kept = activations.kept(share)["layers"] / share.size.num_layers
     held = sum(held_by_tensor_rank(share.size, share.layout.tensor).values())
