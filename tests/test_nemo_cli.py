@@ -54,7 +54,9 @@ def test_the_local_executor_trains_with_the_losses_of_moviegen_train(tmp_path):
         *("--factory", "tiny.t2i", "run.executor=local"),
         *(f"recipe.{key}={value}" for key, value in runs["nemo"]),
     )
-    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert (tmp_path / "nemo" / "metrics.jsonl").is_file(), said  # NeMo-Run ends well if its job does not
     command = [sys.executable, "-m", "nemo_moviegen", "train", "tiny.t2i"]
     command += [f"{key}={value}" for key, value in runs["moviegen"]]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
