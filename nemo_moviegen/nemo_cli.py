@@ -46,7 +46,10 @@ def as_config(value):
 
 def local_executor() -> run.Config[run.LocalExecutor]:
     """A process of its own on this machine; it starts the ranks."""
-    return run.Config(run.LocalExecutor, env_vars=_environment(os.environ.get("MOVIEGEN_ROOT", ".")))
+    # it starts `python`, which is another one where `nemo` was called by its path
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    environment = _environment(os.environ.get("MOVIEGEN_ROOT", ".")) | {"PATH": path}
+    return run.Config(run.LocalExecutor, env_vars=environment)
 
 
 def slurm_executor(cluster) -> run.Config[run.SlurmExecutor]:
