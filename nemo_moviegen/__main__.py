@@ -159,7 +159,9 @@ def submit_command(options):
         read_cluster(recipe.cluster),
         options.recipe,
         options.settings,
+        name=options.name,
         after=options.after,
+        options=options.sbatch,
         check_paths=not options.skip_paths,
     )
     rows = summary(job)

@@ -90,7 +90,15 @@ def _parser():
     add("settings", nargs="*", metavar="key=value", help="settings to change, as for train")
     add("--cluster", help="a name of recipes/clusters or a YAML file of your site; default: the recipe's")
     add("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    add("--name", default="", help="of the job; default: the recipe's")
     add("--after", default="", metavar="JOB", help="start when that job has finished well")
+    add(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="further options of sbatch, as in --sbatch=--exclude=n07; may be given several times",
+    )
     add("--skip-paths", action="store_true", help="look at no file: data and output are on the nodes alone")
 
     add = command("progress", "make the page of a run, running or ended, and print where it stands")

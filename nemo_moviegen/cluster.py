@@ -1,5 +1,6 @@
 """Where a recipe runs: the YAML files of `recipes/clusters`, and what is checked before launch. No torch."""
 
+import math
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +9,9 @@ from nemo_moviegen.recipe import TaeRecipe
 from nemo_moviegen.settings import from_plain, nearest
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "clusters"
+NOTICE_SECONDS = 300
+"""Before its time limit SLURM tells a job so that it saves itself: --signal in slurm/train.sbatch."""
+SHORTEST_SECONDS = 2 * NOTICE_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,28 @@ class Slurm:
         _check_entries("environment", self.environment, r"[A-Za-z_]\w*=.*", "NAME=value")
         if self.gpus_per_node < -1:
             raise ValueError(f"slurm.gpus_per_node is {self.gpus_per_node}; use -1, 0 or a number of GPUs")
+        own_signal = any(option.startswith("--signal") for option in self.options)
+        if self.limit_seconds < SHORTEST_SECONDS and not own_signal:
+            raise ValueError(
+                f"slurm.time_limit is {self.time_limit!r}, and a run saves itself {NOTICE_SECONDS} s before: "
+                f"use {SHORTEST_SECONDS // 60} minutes or more, or --signal=B:USR1@SECONDS in slurm.options"
+            )
+
+    @property
+    def limit_seconds(self) -> float:
+        """Of `time_limit`; infinity where it states none."""
+        if self.time_limit.upper() in ("", "UNLIMITED", "INFINITE"):
+            return math.inf
+        found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", self.time_limit)
+        if not found:
+            raise ValueError(
+                f"slurm.time_limit is {self.time_limit!r}; sbatch takes minutes, hours:minutes:seconds or "
+                'days-hours:minutes:seconds, as "24:00:00"'
+            )
+        days, *parts = (int(part) if part else 0 for part in found.groups())
+        hours_first = found[1] is not None or found[4] is not None  # else minutes:seconds
+        hours, minutes, seconds = parts if hours_first else (0, *parts[:2])
+        return 86400 * days + 3600 * hours + 60 * minutes + seconds
 
 
 def _check_entries(name, values, pattern, what):
@@ -120,8 +146,10 @@ def read_cluster(name) -> Cluster:
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ValueError(f"cluster {name} ({path.name}): {str(error).splitlines()[0]}") from None
-    limit = values.get("slurm", {}).get("time_limit") if isinstance(values, dict) else None
-    if type(limit) is int:
+    if isinstance(values, dict) and values.get("slurm", {}) is None:  # every line below it is gone
+        del values["slurm"]
+    site = values.get("slurm") if isinstance(values, dict) else None
+    if isinstance(site, dict) and type(limit := site.get("time_limit")) is int:
         raise ValueError(
             f'cluster {name}: slurm.time_limit must be in quotes, as "24:00:00": YAML reads {limit}'
         )

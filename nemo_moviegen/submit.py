@@ -1,13 +1,14 @@
 """A recipe as a batch job: checked as far as one can without the cluster, then slurm/train.sbatch."""
 
+import math
 import os
 import shlex
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nemo_moviegen.cluster import Cluster, placed
+from nemo_moviegen.cluster import NOTICE_SECONDS, Cluster, placed
 from nemo_moviegen.launch import check_inputs, check_run
 from nemo_moviegen.planning.plan import Plan, make_plan
 from nemo_moviegen.recipe import Recipe, TaeRecipe
@@ -34,28 +35,34 @@ class Job:
         return " ".join([*assignments, shlex.join(self.command)])
 
 
-def make_job(recipe, cluster, typed, settings=(), *, after="", check_paths=True) -> Job:
+def make_job(recipe, cluster, typed, settings=(), *, name="", after="", options=(), check_paths=True) -> Job:
     """The `Job` of a recipe on a cluster; `typed` and `settings` are the recipe's name and changes as typed.
 
-    ValueError where layout, batch or memory do not fit, where the container or this project's script is not
-    there, and, with `check_paths`, where inputs are missing or the output can not be written.
+    `name` is the job's (the recipe's), `after` a job that it waits for, `options` go to sbatch besides the
+    cluster's own. ValueError where layout, batch or memory do not fit, where the container does not see the
+    root or this project's script is not there, and, with `check_paths`, where the container or inputs are
+    missing or the output can not be written.
     """
     check_run(recipe, cluster)
     if not Path(SCRIPT).is_file():
         raise ValueError(f"{SCRIPT} is not below {Path.cwd()}: submit from the folder of the project")
+    check_mounts(cluster)
     if check_paths:
         check_container(cluster)
         here = placed(recipe, cluster)
-        check_inputs(here)
+        check_inputs(replace(here, init_from="") if after else here)  # the job before may be to write it
     site = cluster.slurm
     environment = {"RECIPE": typed, "CLUSTER": recipe.cluster}
     if site.container:
-        environment |= {"CONTAINER": site.container, "MOUNTS": ",".join(site.mounts)}
+        environment["CONTAINER"] = site.container
+    if site.container and site.mounts:
+        environment["MOUNTS"] = ",".join(site.mounts)
     environment |= dict(entry.split("=", 1) for entry in site.environment)
+    asked = _options(recipe, cluster, name, after)
     return Job(
         recipe=recipe,
         cluster=cluster,
-        command=("sbatch", *_options(recipe, cluster, after), SCRIPT, *settings),
+        command=("sbatch", *asked, *_sbatch_options(options), SCRIPT, *settings),
         environment=environment,
         plan=None if isinstance(recipe, TaeRecipe) else make_plan(recipe, cluster),
     )
@@ -85,6 +92,17 @@ def check_container(cluster):
         )
 
 
+def check_mounts(cluster):
+    """ValueError where the cluster's root would not be seen in its container."""
+    site, root = cluster.slurm, os.path.abspath(cluster.root)
+    seen = [os.getcwd(), os.path.expanduser("~"), *(mount.split(":")[1] for mount in site.mounts)]
+    if site.container and not any(Path(root).is_relative_to(folder) for folder in seen):
+        raise ValueError(
+            f"cluster {cluster.name} has its data and runs below {root}, which its container does not see: "
+            f"add {root}:{root} to slurm.mounts"
+        )
+
+
 def summary(job) -> list[tuple[str, str]]:
     """(what, value) of what one wants to see before it is submitted."""
     recipe, cluster, layout = job.recipe, job.cluster, job.recipe.layout
@@ -95,9 +113,18 @@ def summary(job) -> list[tuple[str, str]]:
             "cluster",
             f"{cluster.name}: {cluster.nodes:,} nodes x {cluster.ranks_per_node} {cluster.accelerator}",
         ),
-        ("layout", f"TP{layout.tensor} CP{layout.context} DP{copies}, sharding {layout.sharding}"),
-        ("batch", f"{recipe.global_batch:,} in {recipe.num_microbatches(cluster.num_ranks)} micro-batches"),
+        (
+            "layout",
+            f"TP{layout.tensor} CP{layout.context} DP{copies}, sharding {layout.sharding}, "
+            f"recompute {layout.recompute}",
+        ),
+        (
+            "batch",
+            f"{recipe.global_batch:,}: {recipe.num_microbatches(cluster.num_ranks)} micro-batches of "
+            f"{recipe.micro_batch} a copy of the model",
+        ),
         ("output", placed(recipe, cluster).output),
+        ("time limit", _time_limit(job)),
     ]
     plan = job.plan
     if plan is not None:
@@ -110,9 +137,30 @@ def summary(job) -> list[tuple[str, str]]:
     return rows
 
 
-def _options(recipe, cluster, after):
+def _time_limit(job) -> str:
+    limit = job.cluster.slurm.limit_seconds
+    if math.isinf(limit):
+        return job.cluster.slurm.time_limit or "SLURM's own"
+    if job.plan is None or job.plan.days is None:
+        return job.cluster.slurm.time_limit
+    starts = math.ceil(job.plan.days * 86400 / (limit - NOTICE_SECONDS))
+    return f"{job.cluster.slurm.time_limit}: {starts:,} starts of the job, one after the other (planned)"
+
+
+def _sbatch_options(texts):
+    options = [option for text in texts for option in shlex.split(text)]
+    for option in options:
+        if not option.startswith("-"):
+            raise ValueError(
+                f"--sbatch has {option!r}; it needs options of sbatch as --NAME=value, in "
+                "--sbatch=--exclude=n07 for example"
+            )
+    return options
+
+
+def _options(recipe, cluster, name, after):
     site = cluster.slurm
-    options = ["--parsable", f"--nodes={cluster.nodes}", f"--job-name={recipe.name}"]
+    options = ["--parsable", f"--nodes={cluster.nodes}", f"--job-name={name or recipe.name}"]
     for flag, value in (
         ("partition", site.partition),
         ("account", site.account),

@@ -111,10 +111,11 @@ is 2 x forward."""
 def show_pairs(rows):
     """Print (what, value) rows."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for what, value in rows:
-        table.add_row(f"[dim]{what}[/dim]", value)
+        table.add_row(Text(what, style="dim"), Text(value))  # a folder may be called [x]
     show(table)
 
 

@@ -159,8 +159,8 @@ def test_a_sites_own_file_says_nodes_container_and_mounts(job, tmp_path):
     srun = called(job, "srun")
     assert "--container-image=nvcr.io#nvidia/nemo:25.09" in srun
     assert next(a for a in srun if a.startswith("--container-mounts=")).endswith(
-        ",/data:/data,/scratch:/scratch"
-    )
+        f",/data:/data,/scratch:/scratch,{tmp_path}/site.yaml:{tmp_path}/site.yaml"
+    ), "ranks read the file too, and it lies outside of the project"
 
 
 def test_a_port_that_someone_listens_at_is_not_taken(job):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nemo_moviegen import __main__ as cli
-from nemo_moviegen.cluster import read_cluster
+from nemo_moviegen.cluster import Slurm, read_cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = ROOT / "recipes" / "clusters" / "site.yaml.template"
@@ -63,6 +63,56 @@ def test_a_dry_run_prints_a_line_that_can_be_typed_and_submits_nothing(capsys, s
     assert {"--nodes=512", "--gpus-per-node=8", f"--job-name={ROW}"} <= set(typed)
     assert typed[-3:] == ["slurm/train.sbatch", "num_steps=10", "output=a b"]
     assert "of 79.0 GiB" in out and "GPU-hours" in out and "TP4 CP2 DP512" in out
+    assert "512: 1 micro-batches of 1" in out and "recompute full" in out
+
+
+def test_a_folder_in_brackets_is_shown_as_it_is(capsys):
+    _, out, _ = run(capsys, ROW, "output=runs/[red]", "--dry-run", "--skip-paths")
+    assert "output            runs/[red]" in out
+
+
+def test_options_for_this_job_alone_stand_behind_the_sites(capsys, site):
+    cluster = site(options="[--exclude=n01]")
+    arguments = ("video_30b.sft", "--cluster", cluster, "--dry-run", "--skip-paths", "--name", "second try")
+    _, out, _ = run(capsys, *arguments, "--sbatch=--exclude=n07,n08", "--sbatch", "--time=60 --hold")
+    typed = shlex.split(out.splitlines()[-1])
+    assert "--job-name=second try" in typed
+    ours = ["--exclude=n01", "--exclude=n07,n08", "--time=60", "--hold", "slurm/train.sbatch"]
+    assert typed[-len(ours) :] == ours
+    code, _, err = run(capsys, *arguments, "--sbatch", "exclude=n07")
+    assert code == 2 and "--sbatch has 'exclude=n07'; it needs options of sbatch" in err
+
+
+def test_how_often_the_time_limit_ends_the_job_is_said(capsys, site):
+    cluster = site(time_limit='"4:00:00"')
+    _, out, _ = run(capsys, "video_30b.sft", "--cluster", cluster, "--dry-run", "--skip-paths")
+    days = float(out.split("the recipe")[1].split("days")[0])
+    (starts,) = (int(line.split(": ")[1].split()[0]) for line in out.splitlines() if "time limit" in line)
+    assert abs(starts - 24 * days / (4 - 300 / 3600)) < 1
+
+
+def test_a_stage_may_wait_for_the_run_it_starts_from(capsys, monkeypatch, tmp_path, sbatch):
+    monkeypatch.setenv("MOVIEGEN_ROOT", str(tmp_path))
+    latents = tmp_path / "out" / "demo" / "latents"
+    latents.mkdir(parents=True)
+    (latents / "index.parquet").touch()
+    (tmp_path / "out" / "demo" / "latents_heldout").mkdir()
+    (tmp_path / "out" / "demo" / "latents_heldout" / "index.parquet").touch()
+    code, _, err = run(capsys, "tiny.t2iv")
+    assert code == 2 and "starts from the run in" in err
+    code, out, err = run(capsys, "tiny.t2iv", "--after", "12")
+    assert code == 0, err
+    assert "--dependency=afterok:12" in (sbatch / "arguments").read_text() and "job 4711" in out
+
+
+def test_a_root_that_the_container_does_not_see_is_refused(capsys, site):
+    def submits(**changes):
+        cluster = site(container="nvcr.io#nvidia/nemo:25.09", root="/shared/movies", **changes)
+        return run(capsys, "video_30b.sft", "--cluster", cluster, "--dry-run", "--skip-paths")
+
+    code, _, err = submits()
+    assert code == 2 and "add /shared/movies:/shared/movies to slurm.mounts" in err
+    assert submits(mounts="[/lustre:/shared]")[0] == 0
 
 
 def test_what_is_submitted_is_what_the_dry_run_printed(capsys, sbatch, site, tmp_path):
@@ -176,6 +226,8 @@ def test_the_template_is_a_cluster_and_no_name_of_one(site):
             "16 ranks on a node of 8 GPUs .* set ranks_per_node to 8, and nodes to 128",
         ),
         ({"time_limit": "24:00:00"}, "must be in quotes"),
+        ({"time_limit": '"a day"'}, "slurm.time_limit is 'a day'; sbatch takes"),
+        ({"time_limit": '"5"'}, "a run saves itself 300 s before: use 10 minutes or more, or --signal"),
         ({"mounts": "[/data]"}, "slurm.mounts has '/data'; it needs SOURCE:TARGET"),
         ({"options": "[constraint=h100]"}, "slurm.options has 'constraint=h100'"),
         ({"environment": "[NCCL]"}, "slurm.environment has 'NCCL'; it needs NAME=value"),
@@ -185,6 +237,28 @@ def test_the_template_is_a_cluster_and_no_name_of_one(site):
 def test_a_cluster_file_that_is_wrong_says_what(site, changes, said):
     with pytest.raises(ValueError, match=said):
         read_cluster(site(**changes))
+
+
+def test_a_short_time_limit_may_come_with_its_own_notice(site):
+    cluster = read_cluster(site(time_limit='"5"', options='["--signal=B:USR1@60"]'))
+    assert cluster.slurm.limit_seconds == 300
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("2-12", 216000), ("2-12:30", 217800)],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(limit, seconds):
+    assert Slurm(time_limit=limit).limit_seconds == seconds
+
+
+def test_a_cluster_file_may_end_with_an_empty_slurm_section(site):
+    path = Path(site())
+    path.write_text(path.read_text().split("slurm:")[0] + "slurm:\n")
+    assert read_cluster(str(path)).slurm == Slurm()
+    path.write_text("- a list\n")
+    with pytest.raises(ValueError, match="it needs the keys of Cluster"):
+        read_cluster(str(path))
 
 
 def test_a_misspelt_field_names_the_nearest(site):
