@@ -253,6 +253,11 @@ def this_host() -> str:
     return socket.gethostname().partition(".")[0]
 
 
+def node_name() -> str:
+    """What SLURM calls this node, for `--exclude`; `this_host()` outside of it."""
+    return os.environ.get("SLURMD_NODENAME") or this_host()
+
+
 def _looked_at(pulse) -> Pulse:
     state, waits_in = process_state(pulse.pid)
     return replace(pulse, state=state, waits_in=waits_in)

@@ -1,7 +1,8 @@
 """Whether a node is fit to train on: slurm/preflight.sh runs it on each before the ranks start.
 
-    python -m nemo_moviegen.preflight CLUSTER             this node
-    python -m nemo_moviegen.preflight --compare FOLDER    what the nodes of a job left there
+    python -m nemo_moviegen.preflight CLUSTER                       this node
+    python -m nemo_moviegen.preflight --compare FOLDER              what the nodes of a job left there
+    python -m nemo_moviegen.preflight CLUSTER --between HOST:PORT   what lies between them; on all at once
 
 A fault is a line that names the node, what was found and what is needed; the exit code is then 3. A sick GPU
 or a slow link holds up all ranks of a run, and a rank that dies of it an hour later costs more than this.
@@ -18,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from nemo_moviegen.cluster import read_cluster
-from nemo_moviegen.heartbeat import this_host
+from nemo_moviegen.heartbeat import node_name
 
 REFUSED = 3
 FOLDER_VARIABLE = "MOVIEGEN_PREFLIGHT"
@@ -28,9 +29,12 @@ LINK_SHARE = 0.6
 """Of the cluster's node_gbyte_s, by an all-reduce of the node's ranks: rings reach 0.8, a lost link less."""
 USED_MIB = 2048
 """Memory of a GPU that nobody trains on: its driver takes some hundred."""
+COMPUTE_SHARE = 0.5
+"""Of the cluster's peak_dense_tflops, by a product of large matrices: good GPUs reach 0.65 and more."""
 FREE_GIB = {"root": 10.0, "/tmp": 1.0, "/dev/shm": 0.25}
-SLOWDOWN = ("clocks_event_reasons.hw_slowdown", "clocks_throttle_reasons.hw_slowdown")
-"""Its name from driver 535 on, and before."""
+REASONS = ("clocks_event_reasons", "clocks_throttle_reasons")
+"""What a driver calls them from 535 on, and before."""
+SLOWDOWNS = {"hw_slowdown": "hardware (heat or power)", "sw_thermal_slowdown": "driver (heat)"}
 GPU_FIELDS = (
     "index",
     "name",
@@ -39,6 +43,8 @@ GPU_FIELDS = (
     "ecc.errors.uncorrected.volatile.total",
     "power.limit",
     "power.default_limit",
+    "pcie.link.width.current",
+    "pcie.link.width.max",
     "driver_version",
 )
 
@@ -48,6 +54,9 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="preflight", description=__doc__.splitlines()[0])
     parser.add_argument("cluster", nargs="?", help="a name of recipes/clusters, or a YAML file")
     parser.add_argument("--compare", metavar="FOLDER", help="compare what nodes left there")
+    parser.add_argument(
+        "--between", metavar="HOST:PORT", help="measure what lies between the nodes; they meet there"
+    )
     options = parser.parse_args(arguments)
     if options.compare:
         faults = different_nodes(options.compare)
@@ -57,11 +66,13 @@ def main(arguments=None) -> int:
     except ValueError as error:
         print(f"preflight: {error}", file=sys.stderr)
         return 2
+    if options.between:
+        return _told(*between_nodes(cluster, options.cluster, options.between))
     faults, facts = check_node(cluster)
     if folder := os.environ.get(FOLDER_VARIABLE):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, f"{this_host()}.json").write_text(json.dumps(facts["versions"]), encoding="utf-8")
-    host = this_host()
+        Path(folder, f"{node_name()}.json").write_text(json.dumps(facts["versions"]), encoding="utf-8")
+    host = node_name()
     told = f"{host}: fit: {cluster.ranks_per_node} ranks of {cluster.accelerator}, all-reduce {facts['link']}"
     return _told([f"{host}: {fault}" for fault in faults], told)
 
@@ -71,8 +82,8 @@ def check_node(cluster) -> tuple[list[str], dict]:
     versions = {name: _version(name) for name in PACKAGES}
     faults = disk_faults(cluster.root)
     if cluster.accelerator != "cpu":
-        rows = gpu_rows()
-        faults += gpu_faults(rows, cluster) + nvlink_faults(cluster) + card_faults(cluster)
+        rows, said = gpu_rows()
+        faults += gpu_faults(rows, cluster, said) + nvlink_faults(cluster) + card_faults(cluster)
         versions["driver"] = rows[0]["driver_version"] if rows else ""
     elif (cores := len(os.sched_getaffinity(0))) < cluster.ranks_per_node:
         faults.append(f"{cores} cores for {cluster.ranks_per_node} ranks: a rank needs one of its own")
@@ -82,23 +93,26 @@ def check_node(cluster) -> tuple[list[str], dict]:
     return faults + found, {"versions": versions, "link": link}
 
 
-def gpu_rows() -> list[dict[str, str]]:
-    """What nvidia-smi says of each GPU, by field; [] where it is not there or fails."""
-    for slowdown in SLOWDOWN:
-        query, fields = f"--query-gpu={','.join(GPU_FIELDS)},{slowdown}", (*GPU_FIELDS, "slowdown")
-        out = _output("nvidia-smi", query, "--format=csv,noheader,nounits")
+def gpu_rows() -> tuple[list[dict[str, str]], str]:
+    """(what nvidia-smi says of each GPU, by field; [] where it fails, what it said instead)."""
+    fields, said = (*GPU_FIELDS, *SLOWDOWNS), ""
+    for reasons in REASONS:
+        query = ",".join([*GPU_FIELDS, *(f"{reasons}.{slowdown}" for slowdown in SLOWDOWNS)])
+        out = _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits")
         lines = [[value.strip() for value in line.split(",")] for line in out.splitlines()]
         rows = [dict(zip(fields, line, strict=True)) for line in lines if len(line) == len(fields)]
         if rows:
-            return rows
-    return []
+            return rows, ""
+        said = next((line.strip() for line in out.splitlines() if line.strip()), said)
+    return [], said or "nvidia-smi says nothing, or is not there"
 
 
-def gpu_faults(rows, cluster) -> list[str]:
-    """What is wrong with the GPUs of the node."""
+def gpu_faults(rows, cluster, said="") -> list[str]:
+    """What is wrong with the GPUs of the node; `said` is why there are no rows."""
     wanted, faults = cluster.ranks_per_node, []
     if len(rows) != wanted:
-        faults.append(f"{len(rows)} GPUs, cluster {cluster.name} has {wanted} a node")
+        why = f" ({said})" if said else ""
+        faults.append(f"{len(rows)} GPUs, cluster {cluster.name} has {wanted} a node{why}")
     for row in rows:
         gpu = f"GPU {row['index']}"
         if cluster.accelerator.lower() not in row["name"].lower():
@@ -110,8 +124,12 @@ def gpu_faults(rows, cluster) -> list[str]:
             faults.append(f"{gpu} has {used:,.0f} MiB in use: another process is on it (nvidia-smi names it)")
         if errors := _number(row["ecc.errors.uncorrected.volatile.total"]):
             faults.append(f"{gpu} has {errors:.0f} uncorrected ECC errors: reset or replace it")
-        if row["slowdown"] == "Active":
-            faults.append(f"{gpu} is slowed down by its hardware (heat or power): look at its cooling")
+        for slowdown, by in SLOWDOWNS.items():
+            if row[slowdown] == "Active":
+                faults.append(f"{gpu} is slowed down by its {by}: look at its cooling")
+        lanes, most = _number(row["pcie.link.width.current"]), _number(row["pcie.link.width.max"])
+        if 0 < lanes < most:
+            faults.append(f"{gpu} has {lanes:.0f} of {most:.0f} PCIe lanes: seat or replace it")
         limit, default = _number(row["power.limit"]), _number(row["power.default_limit"])
         if limit < 0.95 * default:
             faults.append(f"{gpu} is limited to {limit:.0f} W of {default:.0f}: nvidia-smi --power-limit")
@@ -152,7 +170,7 @@ def disk_faults(root) -> list[str]:
     for folder, needed in FREE_GIB.items():
         path = Path(root if folder == "root" else folder)
         try:
-            probe = path / f".preflight-{this_host()}-{os.getpid()}"
+            probe = path / f".preflight-{node_name()}-{os.getpid()}"
             probe.write_bytes(b"")
             probe.unlink()
             free = shutil.disk_usage(path).free / 2**30
@@ -165,25 +183,57 @@ def disk_faults(root) -> list[str]:
 
 
 def all_reduce_faults(cluster) -> tuple[list[str], str]:
-    """(faults, what was reached) of an all-reduce over the node's ranks, started as training starts them."""
-    ranks = f"--nproc-per-node={cluster.ranks_per_node}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", ranks]
-    command += ["-m", "nemo_moviegen.preflight_link"]
+    """(faults, what was reached) of an all-reduce over the node's ranks, started as training starts them.
+
+    Each also multiplies matrices, which shows a GPU that is slow for whatever reason.
+    """
+    found, said = _on_ranks(cluster, ["--standalone"], "preflight_link", seconds=180)
+    if not found:
+        return [f"an all-reduce over its ranks failed: {said}"], "-"
+    if cluster.accelerator != "cpu" and not found["on_gpu"]:
+        return [f"torch (of CUDA {found['cuda']}) finds no GPU here: its CUDA and the driver do not fit"], "-"
+    needed, faults = COMPUTE_SHARE * cluster.peak_dense_tflops, []
+    for gpu, tflops in enumerate(found["tflops"]):
+        if tflops < needed:
+            faults.append(
+                f"GPU {gpu} multiplies at {tflops:.3g} TFLOP/s, {needed:.0f} are needed: see its clocks"
+            )
+    reached, needed = found["gbyte_s"], LINK_SHARE * cluster.node_gbyte_s
+    if cluster.ranks_per_node > 1 and reached < needed:
+        faults.append(f"an all-reduce over its ranks reaches {reached:.0f} GB/s, {needed:.0f} are needed")
+    return faults, f"{reached:.1f} GB/s"
+
+
+def between_nodes(cluster, name, endpoint) -> tuple[list[str], str]:
+    """(faults, what to say without any) of an exchange between all nodes, known on the first alone.
+
+    Every node of the job calls it with the same `endpoint`, where they meet.
+    """
+    meet = [f"--nnodes={cluster.nodes}", "--rdzv-backend=c10d", "--rdzv-id=preflight"]
+    meet += [f"--rdzv-endpoint={endpoint}"]
+    found, said = _on_ranks(cluster, meet, "preflight_network", name, seconds=900)
+    if said:
+        return [f"{node_name()}: an exchange with the other nodes failed: {said}"], ""
+    if not found:  # not the first
+        return [], ""
+    return found["faults"], f"{cluster.nodes} nodes, each rank {found['gbit_s']:.3g} Gbit/s or more to others"
+
+
+def _on_ranks(cluster, meet, program, *arguments, seconds) -> tuple[dict, str]:
+    """({} or the JSON that `program` printed last on this node's ranks, why it failed or "")."""
+    command = [sys.executable, "-m", "torch.distributed.run", *meet]
+    command += [f"--nproc-per-node={cluster.ranks_per_node}", "-m", f"nemo_moviegen.{program}", *arguments]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     try:
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=180, check=False
+            command, env=environment, capture_output=True, text=True, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        return ["its ranks do not reach each other: an all-reduce took more than 180 s"], "-"
+        return {}, f"not done within {seconds} s"
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return [f"an all-reduce over its ranks failed: {last}"], "-"
-    reached = json.loads(done.stdout.strip().splitlines()[-1])["gbyte_s"]
-    needed = LINK_SHARE * cluster.node_gbyte_s
-    if cluster.ranks_per_node > 1 and reached < needed:
-        return [f"an all-reduce over its ranks reaches {reached:.0f} GB/s, {needed:.0f} are needed"], "-"
-    return [], f"{reached:.1f} GB/s"
+        return {}, (done.stderr.strip().splitlines() or ["no message"])[-1]
+    printed = done.stdout.strip().splitlines()
+    return json.loads(printed[-1]) if printed else {}, ""
 
 
 def different_nodes(folder) -> list[str]:
@@ -205,7 +255,7 @@ def different_nodes(folder) -> list[str]:
 def _told(faults, fit) -> int:
     for fault in faults:
         print(f"preflight: {fault}", file=sys.stderr)
-    if not faults:
+    if not faults and fit:
         print(f"preflight: {fit}")
     return REFUSED if faults else 0
 

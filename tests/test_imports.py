@@ -18,7 +18,7 @@ ROWS = [  # each row may import the rows before it; within a row nobody imports 
     {"sampling"},
     {"training"},
     {"encode", "generate", "report_charts", "report_samples", "launch"},
-    {"report", "curation", "bench", "submit", "preflight"},
+    {"report", "curation", "bench", "submit", "preflight", "preflight_network"},
     {"evaluation"},
     {"recipes"},
     {"tables", "demo", "arguments"},

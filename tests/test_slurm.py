@@ -26,7 +26,8 @@ ENCODE = (
 
 STAND_INS = {
     "srun": 'printf "%s\\n" "$@" >"$CALLS/srun"; while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-    "python": 'printf "%s\\n" "$@" >"$CALLS/python"; echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
+    "python": 'printf "%s\\n" "$@" >"$CALLS/python"; echo "$*" >>"$CALLS/programs"; '
+    'echo "$OMP_NUM_THREADS" >"$CALLS/threads"; '
     'touch "$CALLS/up"; until [ ! "${UNTIL_ASKED-}" ] || [ -e "$MOVIEGEN_STOP" ]; do sleep 0.02; done; '
     'sleep "${SECONDS_TO_RUN:-0}"; exit "${PYTHON_EXIT:-0}"',
     "scontrol": 'echo "$@" >>"$CALLS/scontrol"; case "$2" in hostnames) printf "%s\\n" ${HOSTS:-n07 n08} ;; '
@@ -98,6 +99,26 @@ def test_one_torchrun_a_node_starts_a_rank_for_each_gpu_and_trains_the_recipe(jo
     assert "--ntasks-per-node=1" in called(job, "srun")
     assert called(job, "scontrol") == ["show hostnames n[07-198]"]
     assert called(job, "threads") == ["12"]
+
+
+def test_nodes_and_what_lies_between_them_are_looked_at_before_ranks_start(job, tmp_path):
+    result = submit(job, PREFLIGHT="1")
+    assert result.returncode == 0, result.stderr
+    left = tmp_path / "project" / ".slurm" / "41234.preflight"
+    *looked, started = called(job, "programs")
+    assert looked == [
+        "-m nemo_moviegen.preflight h100_1536",
+        f"-m nemo_moviegen.preflight --compare {left}",
+        "-m nemo_moviegen.preflight h100_1536 --between n07:21234",
+    ]
+    assert started.startswith("-m nemo_moviegen.node ")
+
+
+def test_a_node_that_is_refused_ends_the_job_for_good(job):
+    result = submit(job, PREFLIGHT="1", PYTHON_EXIT="3")
+    assert result.returncode == 3 and not requeued(job)
+    assert "nodes were refused (above): submit again with" in result.stderr
+    assert called(job, "programs") == ["-m nemo_moviegen.preflight h100_1536"]
 
 
 def test_the_ranks_arguments_are_ones_torchrun_and_the_command_line_take(job):
