@@ -36,7 +36,7 @@ class Slurm:
 
     def __post_init__(self):
         _check_entries("mounts", self.mounts, r"[^:]+(:[^:]+)+", "SOURCE:TARGET")
-        _check_entries("options", self.options, r"-.+", "--NAME or --NAME=value")
+        _check_entries("options", self.options, r"--[a-z].*", "--NAME or --NAME=value")
         _check_entries("environment", self.environment, r"[A-Za-z_]\w*=.*", "NAME=value")
         if self.gpus_per_node < -1:
             raise ValueError(f"slurm.gpus_per_node is {self.gpus_per_node}; use -1, 0 or a number of GPUs")
@@ -111,6 +111,13 @@ class Cluster:
     def num_ranks(self) -> int:
         """Ranks of a run that takes the whole cluster."""
         return self.nodes * self.ranks_per_node
+
+    @property
+    def gpus_asked(self) -> int:
+        """GPUs of a node that SLURM is asked for; 0 where it is asked for none."""
+        if self.slurm.gpus_per_node >= 0:
+            return self.slurm.gpus_per_node
+        return 0 if self.accelerator == "cpu" else self.ranks_per_node
 
 
 def cluster_names() -> list[str]:

@@ -21,8 +21,8 @@ import fiddle
 import nemo_run as run
 
 import recipes
-from nemo_moviegen.cluster import check_on_cluster, cluster_names, read_cluster
-from nemo_moviegen.launch import launch
+from nemo_moviegen.cluster import cluster_names, read_cluster
+from nemo_moviegen.launch import check_run, launch
 from nemo_moviegen.recipe import Recipe
 
 DEFAULT_TIME = "24:00:00"
@@ -55,12 +55,13 @@ def local_executor() -> run.Config[run.LocalExecutor]:
 def slurm_executor(cluster) -> run.Config[run.SlurmExecutor]:
     """A batch job on a `Cluster`: one task a node, which is torchrun with a rank for each GPU.
 
-    Submitted from this machine. Partition, account, time limit, container and mounts are the cluster's own.
+    Submitted from this machine. What SLURM is told of the site is the cluster's own section `slurm`.
     """
     names = ("account", "partition", "qos", "time_limit", "container", "mounts")
     stated = {name: getattr(cluster.slurm, name) or None for name in names}  # an empty one is SLURM's default
     container = stated["container"]
     bare = f"export PATH={Path(sys.executable).parent}:$PATH"
+    options = [option.removeprefix("--").partition("=") for option in cluster.slurm.options]
     return run.Config(
         run.SlurmExecutor,
         account=stated["account"],
@@ -70,13 +71,14 @@ def slurm_executor(cluster) -> run.Config[run.SlurmExecutor]:
         job_name_prefix="moviegen-",
         nodes=cluster.nodes,
         ntasks_per_node=cluster.ranks_per_node,  # the launcher makes it one task that starts so many ranks
-        gpus_per_node=None if cluster.accelerator == "cpu" else cluster.ranks_per_node,
+        gpus_per_node=cluster.gpus_asked or None,
         exclusive=True,
         mem="0",  # all a node has
         container_image=container,
         container_mounts=list(stated["mounts"] or ()) if container else [],
         setup_lines=None if container else bare,
-        env_vars=_environment(cluster.root),
+        env_vars=_environment(cluster.root) | dict(e.split("=", 1) for e in cluster.slurm.environment),
+        additional_parameters={name: value if is_set else True for name, is_set, value in options},
         launcher="torchrun",
         tunnel=run.Config(run.LocalTunnel, job_dir=""),
         packager=run.Config(run.Packager),  # nothing is copied: the package is installed where it runs
@@ -90,7 +92,7 @@ class CheckedFirst(run.Plugin):
         """ValueError where the recipe does not fit its cluster, or the executor is another cluster's."""
         recipe = fiddle.build(task).keywords["recipe"]
         cluster = read_cluster(recipe.cluster)
-        check_on_cluster(recipe, cluster)
+        check_run(recipe, cluster)
         nodes = getattr(executor, "nodes", None)
         if isinstance(executor, run.SlurmExecutor) and nodes != cluster.nodes:
             raise ValueError(

@@ -166,15 +166,8 @@ def _options(recipe, cluster, name, after):
         ("account", site.account),
         ("qos", site.qos),
         ("time", site.time_limit),
-        ("gpus-per-node", _gpus(cluster)),
+        ("gpus-per-node", cluster.gpus_asked),
         ("dependency", f"afterok:{after}" if after else ""),
     ):
         options += [f"--{flag}={value}"] if value else []
     return [*options, *site.options]
-
-
-def _gpus(cluster) -> str:
-    asked = cluster.slurm.gpus_per_node
-    if asked < 0:
-        return "" if cluster.accelerator == "cpu" else str(cluster.ranks_per_node)
-    return str(asked) if asked else ""

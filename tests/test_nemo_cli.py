@@ -120,14 +120,17 @@ def test_partition_account_limit_and_container_are_the_clusters(monkeypatch, tmp
         time_limit="2-00:00:00",
         container="/images/moviegen.sqsh",
         mounts=("/shared:/shared", "/data:/data:ro"),
+        gpus_per_node=8,
+        options=("--constraint=h100", "--spread-job"),
+        environment=("NCCL_IB_HCA=mlx5",),
     )
     facts = {"accelerator": "h100", "nodes": 3, "ranks_per_node": 4, "memory_gib": 79, "root": "/shared"}
     cluster = Cluster(name="x", slurm=site, **facts)
     script = rendered(cluster, monkeypatch, tmp_path)
-    stated = ("partition=train", "account=video", "time=2-00:00:00", "nodes=3", "gpus-per-node=4")
-    for flag in stated:
+    stated = ("partition=train", "account=video", "time=2-00:00:00", "nodes=3", "gpus-per-node=8")
+    for flag in (*stated, "constraint=h100", "spread-job"):
         assert f"#SBATCH --{flag}\n" in script
-    assert "--qos" not in script
+    assert "--qos" not in script and "export NCCL_IB_HCA=mlx5\n" in script
     (command,) = (line for line in script.splitlines() if "torchrun" in line)
     assert "--container-image /images/moviegen.sqsh " in command
     assert "--container-mounts /shared:/shared,/data:/data:ro," in command
@@ -175,6 +178,8 @@ def test_what_does_not_fit_is_refused_before_it_is_submitted():
         check("h100_1536")
     with pytest.raises(ValueError, match=r"video_30b\.sft on h100_512 \(512 ranks\): global_batch 63"):
         check("h100_512", global_batch=63)
+    with pytest.raises(ValueError, match="nearest that fits"):
+        check("h100_512", layout=as_config(replace(recipes.get("video_30b.sft").layout, recompute="none")))
 
 
 def test_an_fp8_recipe_is_refused_on_a_cluster_of_cpus():
