@@ -48,6 +48,11 @@ class Slurm:
             )
 
     @property
+    def variables(self) -> dict[str, str]:
+        """`environment` by name."""
+        return dict(entry.split("=", 1) for entry in self.environment)
+
+    @property
     def limit_seconds(self) -> float:
         """Of `time_limit`; infinity where it states none."""
         if self.time_limit.upper() in ("", "UNLIMITED", "INFINITE"):

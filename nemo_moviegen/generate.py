@@ -5,7 +5,6 @@ t = 1 is data.
 """
 
 import json
-import os
 import re
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from nemo_moviegen import flow
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sampling import decode, keeping, sample_latents
 from nemo_moviegen.video_files import contact_sheet, pick_frames, stream_mp4, write_png
+from nemo_moviegen.writable import why_not_writable
 
 LATENT_STRIDE = 8
 """Pixels and frames of one latent position (s3.1.1)."""
@@ -287,13 +287,11 @@ def check_writable(output):
     """Make the folder `output`; ValueError where that, or writing in it, is not allowed."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        problem = why_not_writable(output)
     except OSError as error:
-        raise ValueError(
-            f"cannot write to {output} ({error.strerror}); choose another output folder"
-        ) from None
+        problem = error.strerror
+    if problem:
+        raise ValueError(f"cannot write to {output} ({problem}); choose another output folder")
 
 
 def check_settings(output, settings):

@@ -7,7 +7,6 @@ moviegen train, nemo moviegen train ---> launch --+--> as many ranks as the clus
 import importlib.util
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
@@ -15,6 +14,7 @@ from nemo_moviegen.planning.search import memory_problem
 from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
 from nemo_moviegen.stopping import Stopped
+from nemo_moviegen.writable import why_not_writable
 
 LAUNCH_FILE = "launch.yaml"
 """In the output folder: the recipe as it was asked for, which the started ranks read."""
@@ -102,13 +102,11 @@ def _check_output(recipe):
         return
     output = Path(recipe.output).absolute()
     there = next(folder for folder in (output, *output.parents) if folder.exists())
-    try:
-        tempfile.TemporaryDirectory(prefix=".part-", dir=there).cleanup()
-    except OSError as error:
+    if problem := why_not_writable(there):
         raise ValueError(
-            f"{recipe.name} writes into {output}, and {there} can not be written ({error.strerror}): set "
+            f"{recipe.name} writes into {output}, and {there} can not be written ({problem}): set "
             "output=..., or MOVIEGEN_ROOT to a folder of yours"
-        ) from None
+        )
 
 
 def _check_progress(recipe):

@@ -77,7 +77,7 @@ def slurm_executor(cluster) -> run.Config[run.SlurmExecutor]:
         container_image=container,
         container_mounts=list(stated["mounts"] or ()) if container else [],
         setup_lines=None if container else bare,
-        env_vars=_environment(cluster.root) | dict(e.split("=", 1) for e in cluster.slurm.environment),
+        env_vars=_environment(cluster.root) | cluster.slurm.variables,
         additional_parameters={name: value if is_set else True for name, is_set, value in options},
         launcher="torchrun",
         tunnel=run.Config(run.LocalTunnel, job_dir=""),

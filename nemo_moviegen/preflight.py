@@ -20,6 +20,7 @@ from pathlib import Path
 
 from nemo_moviegen.cluster import read_cluster
 from nemo_moviegen.heartbeat import node_name
+from nemo_moviegen.writable import why_not_writable
 
 REFUSED = 3
 FOLDER_VARIABLE = "MOVIEGEN_PREFLIGHT"
@@ -169,15 +170,9 @@ def disk_faults(root) -> list[str]:
     faults = []
     for folder, needed in FREE_GIB.items():
         path = Path(root if folder == "root" else folder)
-        try:
-            probe = path / f".preflight-{node_name()}-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-            free = shutil.disk_usage(path).free / 2**30
-        except OSError as error:
-            faults.append(f"{path} can not be written ({error.strerror})")
-            continue
-        if free < needed:
+        if problem := why_not_writable(path):
+            faults.append(f"{path} can not be written ({problem})")
+        elif (free := shutil.disk_usage(path).free / 2**30) < needed:
             faults.append(f"{path} has {free:.2f} GiB left, {needed:g} are needed")
     return faults
 

@@ -12,6 +12,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+from nemo_moviegen.pages import render
 from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
 from nemo_moviegen.report_charts import AUTOENCODER_REPORT, LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
@@ -42,8 +43,6 @@ def write_report(demo_folder, output_html) -> Path:
     Read: stages.json, {tae,t2i,t2iv}/{recipe.yaml,metrics.jsonl}, clips/manifest.parquet, latents/, and
     generated/settings.json with its videos. Raises ValueError where none of them is there.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     demo, output_html = Path(demo_folder), Path(output_html)
     rooms = [*RUNS, "clips", "latents", "generated", "stages.json"]
     if not any((demo / room).exists() for room in rooms):
@@ -65,10 +64,7 @@ def write_report(demo_folder, output_html) -> Path:
         **data_part(demo),
         **samples_part(demo),
     }
-    environment = Environment(
-        loader=PackageLoader("nemo_moviegen"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("report.html.j2").render(page)
+    html = render("report.html.j2", **page)
     output_html.parent.mkdir(parents=True, exist_ok=True)
     part = output_html.with_name(f".{output_html.name}.part")
     part.write_text(html, encoding="utf-8")

@@ -57,7 +57,7 @@ def make_job(recipe, cluster, typed, settings=(), *, name="", after="", options=
         environment["CONTAINER"] = site.container
     if site.container and site.mounts:
         environment["MOUNTS"] = ",".join(site.mounts)
-    environment |= dict(entry.split("=", 1) for entry in site.environment)
+    environment |= site.variables
     asked = _options(recipe, cluster, name, after)
     return Job(
         recipe=recipe,

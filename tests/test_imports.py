@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # each row may import the rows before it; within a row nobody imports a neighbour
     {"settings", "sizes", "layout", "inputs", "objectives", "optim", "precision", "spikes", "validation"}
-    | {"stopping", "heartbeat", "progress"},
+    | {"stopping", "heartbeat", "progress", "pages", "writable"},
     {"flops", "buckets", "windows"},
     {"recipe"},
     {"cluster", "node", "batch", "flow", "prompts", "video_files", "watch", "utilisation"},
@@ -38,6 +38,8 @@ NO_TORCH = (
     "windows",
     "stopping",
     "heartbeat",
+    "pages",
+    "writable",
     "flops",
     "recipe",
     "buckets",

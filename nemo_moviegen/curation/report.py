@@ -12,6 +12,7 @@ import numpy as np
 from nemo_moviegen.curation.select import KEPT, TWINS, column_of, embeddings
 from nemo_moviegen.curation.store import replacing
 from nemo_moviegen.curation.work import read_strips
+from nemo_moviegen.pages import render
 from nemo_moviegen.report_samples import data_uri
 
 NUM_SHOWN = 6
@@ -25,8 +26,6 @@ def write_report(path, funnel, table, selection, output, recipe):
     Kept clips are drawn by the recipe's seed, dropped ones are those nearest to the limit: there a threshold
     is judged.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     shown = [_shown(number, step, table, selection, recipe) for number, step in enumerate(selection.steps)]
     names = {table["video"][row].as_py() for part in shown for row in (*part["dropped"], *part["kept"])}
     strips = read_strips(output, names, recipe)
@@ -45,10 +44,7 @@ def write_report(path, funnel, table, selection, output, recipe):
         "reasons": _reasons(funnel["refused"].values()),
         "ignored": ", ".join(f"{count} {ending}" for ending, count in funnel["ignored"].items()),
     }
-    environment = Environment(
-        loader=PackageLoader("nemo_moviegen"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("curation.html.j2").render(page)
+    html = render("curation.html.j2", **page)
     with replacing(path) as part:
         part.write_text(html, encoding="utf-8", errors="backslashreplace")
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nemo_moviegen.evaluation.pictures import MOST_FRAMES, NUM_SHOWN
 from nemo_moviegen.evaluation.rows import columns, notes, shown_rows
+from nemo_moviegen.pages import render
 from nemo_moviegen.report_samples import data_uri
 
 _LARGEST_EMBEDDED = 16 * 2**20
@@ -13,8 +14,6 @@ _LARGEST_EMBEDDED = 16 * 2**20
 
 def write_report(metrics, path, *, video, dots) -> Path:
     """Write the page about `metrics` with the files `video` and `dots`; returns its path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     path, video, dots = Path(path), Path(video), Path(dots)
     heads, rows = columns(metrics), shown_rows(metrics)
     embedded = video.stat().st_size <= _LARGEST_EMBEDDED
@@ -32,9 +31,6 @@ def write_report(metrics, path, *, video, dots) -> Path:
         "settings": {name: value for name, value in metrics["settings"].items() if name != "runs"},
         "runs": metrics["settings"]["runs"],
     }
-    environment = Environment(
-        loader=PackageLoader("nemo_moviegen"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    html = environment.get_template("autoencoder.html.j2").render(page)
+    html = render("autoencoder.html.j2", **page)
     path.write_text(html, encoding="utf-8", errors="backslashreplace")
     return path

@@ -13,6 +13,7 @@ from nemo_moviegen.live.charts import number
 from nemo_moviegen.live.metrics_file import MetricsFile
 from nemo_moviegen.live.pictures import sample_grid
 from nemo_moviegen.live.status import duration, read_status
+from nemo_moviegen.pages import render
 from nemo_moviegen.progress import PAGE_FILE
 from nemo_moviegen.utilisation import KERNEL_CEILING
 
@@ -41,19 +42,12 @@ class Page:
 
     def _html(self, status, now):
         import yaml
-        from jinja2 import Environment, PackageLoader, StrictUndefined
 
         metrics = self.metrics
         is_live = status.state in ("running", "waiting")
-        templates = Environment(
-            loader=PackageLoader("nemo_moviegen"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
         charts = [panels.loss_chart(metrics, status), panels.time_chart(metrics, status)]
-        return templates.get_template(TEMPLATE).render(
+        return render(
+            TEMPLATE,
             status=status,
             refresh_seconds=every_seconds(status) if is_live else 0,
             written_unix=int(now),

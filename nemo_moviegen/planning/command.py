@@ -1,7 +1,6 @@
 """What `moviegen plan` does: it plans, and prints tables or JSON, or writes a page."""
 
 import json
-from dataclasses import replace
 
 from nemo_moviegen.cluster import read_cluster
 from nemo_moviegen.flops import split_text
@@ -21,7 +20,6 @@ def run_plan(recipe, options):
         _print(options, lambda: rows, lambda console: screen.show_validation(rows, console))
         return
     cluster = read_cluster(options.cluster or recipe.cluster)
-    recipe = replace(recipe, cluster=cluster.name)
     text = None
     if options.text_tokens is not None:
         text = split_text(recipe.size, options.text_tokens)

@@ -2,30 +2,29 @@
 
 from pathlib import Path
 
+from nemo_moviegen.pages import render
 from nemo_moviegen.planning.memory import GIB
-from nemo_moviegen.planning.screen import SEARCH_COLUMNS, batch_line, memory_unit, search_row, time_lines
+from nemo_moviegen.planning.screen import (
+    SEARCH_COLUMNS,
+    batch_line,
+    memory_unit,
+    search_row,
+    shown_plans,
+    time_lines,
+)
 from nemo_moviegen.planning.search import why_not
-from nemo_moviegen.planning.told import MEMORY, TIME, bytes_by_part, describe
-from nemo_moviegen.planning.weights import kept_by_rank
+from nemo_moviegen.planning.told import MEMORY, TIME, bytes_by_part, describe, parameters_of_first
 
 TEMPLATE = "plan.html.j2"
 
 
 def write_page(path, plan, found, top) -> Path:
     """Write the page of a `Plan` and of the `Search` around it; returns its path."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    templates = Environment(
-        loader=PackageLoader("nemo_moviegen"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    path, (unit, unit_bytes) = Path(path), memory_unit(plan)
+    path, place, (unit, unit_bytes) = Path(path), found.rank(), memory_unit(plan)
     whole = max(plan.memory_limit_bytes, plan.memory.device_bytes)
     path.parent.mkdir(parents=True, exist_ok=True)
-    html = templates.get_template(TEMPLATE).render(
+    html = render(
+        TEMPLATE,
         plan=plan,
         layout=describe(plan),
         batch=batch_line(plan),
@@ -37,11 +36,15 @@ def write_page(path, plan, found, top) -> Path:
         limit_gib=f"{plan.memory_limit_bytes / GIB:.0f}",
         time=_bars(plan.seconds_by_part(), TIME, 1.0, plan.step_seconds),
         time_lines=time_lines(plan) if plan.step_seconds is not None else [],
-        parameters=_parameters(plan),
+        parameters=[
+            (name.replace("_", " "), f"{count:,}")
+            for name, count in parameters_of_first(plan).items()
+            if count
+        ],
         columns=SEARCH_COLUMNS,
-        rows=_rows(plan, found, top),
+        rows=[(search_row(number, other), number == place) for number, other in shown_plans(found, top)],
         found=found,
-        place=found.rank(),
+        place=place,
     )
     path.write_text(html, encoding="utf-8")
     return path
@@ -65,19 +68,3 @@ def _cards(plan):
         cards += [(f"{plan.tokens_per_second / plan.num_ranks:,.0f}", "tokens/s a GPU")]
         cards += [(f"{plan.days:.1f}", "days"), (f"{plan.gpu_hours:,.0f}", "GPU-hours")]
     return cards
-
-
-def _parameters(plan):
-    """(component, parameters rank 0 keeps)"""
-    size = plan.iterations[0].share.size
-    kept = kept_by_rank(size, plan.layout, plan.num_ranks, 0)
-    return [(name.replace("_", " "), f"{count:,}") for name, count in kept.items() if count]
-
-
-def _rows(plan, found, top):
-    place = found.rank()
-    return [
-        (search_row(number, other), number == place)
-        for number, other in enumerate(found.plans, 1)
-        if number <= top or number == place
-    ]

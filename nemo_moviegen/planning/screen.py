@@ -48,9 +48,8 @@ def show_search(found, top, console):
     """The fastest layouts that fit, where the asked one stands among them, and how many were refused."""
     table = _table(*(name for name, _ in SEARCH_COLUMNS))
     place = found.rank()
-    for number, plan in enumerate(found.plans, 1):
-        if number <= top or number == place:
-            table.add_row(*search_row(number, plan), style="bold" if number == place else None)
+    for number, plan in shown_plans(found, top):
+        table.add_row(*search_row(number, plan), style="bold" if number == place else None)
     console.print(table)
     refused = ", ".join(f"{count} {reason}" for reason, count in sorted(found.refused.items()))
     console.print(
@@ -59,6 +58,12 @@ def show_search(found, top, console):
         + (f"; refused: {refused}" if refused else ""),
         highlight=False,
     )
+
+
+def shown_plans(found, top) -> list[tuple]:
+    """(place, plan) of the `top` first that fit, and of the asked one wherever it stands."""
+    place = found.rank()
+    return [(n, plan) for n, plan in enumerate(found.plans, 1) if n <= top or n == place]
 
 
 def show_validation(rows, console):

@@ -7,7 +7,7 @@ the recipe has it.
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from nemo_moviegen.layout import CHOICES
 from nemo_moviegen.planning.memory import GIB
@@ -39,8 +39,8 @@ class Search:
 
     def rank(self) -> int:
         """Place of the asked one among those that fit, from 1; 0 where it is not among them."""
-        keys = [key_of(plan) for plan in self.plans]
-        return keys.index(key_of(self.asked)) + 1 if key_of(self.asked) in keys else 0
+        asked = (self.asked.layout, self.asked.micro_batch)
+        return next((n for n, p in enumerate(self.plans, 1) if (p.layout, p.micro_batch) == asked), 0)
 
     def nearest(self) -> Plan | None:
         """What fits with the least changes to the asked one, the fastest of equals; None if nothing does."""
@@ -84,7 +84,7 @@ def why(recipe, cluster, changes, *, text=None) -> str:
 
 def memory_problem(recipe, cluster) -> str:
     """Why a `VideoRecipe` does not fit a cluster, and the nearest layout that does; "" where it fits."""
-    return "" if make_plan(recipe, cluster).fits else why_not(search(recipe, cluster))
+    return "" if fits_on(recipe, cluster) else why_not(search(recipe, cluster))
 
 
 def why_not(found) -> str:
@@ -105,19 +105,6 @@ def why_not(found) -> str:
     return (
         f"{said}nearest that fits: {' '.join(changes_to(nearest, asked))} "
         f"({nearest.memory.device_bytes / GIB:.1f} GiB{_seconds(nearest)})"
-    )
-
-
-def key_of(plan):
-    """What tells two plans of one recipe and cluster apart."""
-    layout = plan.layout
-    return (
-        (*asdict(layout).values(), plan.micro_batch)
-        if layout.context > 1
-        else (
-            *asdict(replace(layout, context_comm="all_gather")).values(),
-            plan.micro_batch,
-        )
     )
 
 

@@ -66,10 +66,14 @@ def bytes_by_part(memory) -> dict[str, float]:
     return {name: 0.0 if name in gone else value for name, value in values.items()}
 
 
+def parameters_of_first(plan) -> dict[str, int]:
+    """Parameters of each component of the model that rank 0 keeps between steps."""
+    return kept_by_rank(plan.iterations[0].share.size, plan.layout, plan.num_ranks, 0)
+
+
 def plan_values(plan) -> dict:
     """A `Plan` as plain values, for JSON: bytes, seconds, shares; None where rates are unknown."""
     layout = plan.layout
-    kept = kept_by_rank(plan.iterations[0].share.size, layout, plan.num_ranks, 0)
     return {
         "recipe": plan.recipe,
         "cluster": plan.cluster,
@@ -85,7 +89,7 @@ def plan_values(plan) -> dict:
             "device_bytes": plan.memory.device_bytes,
             "allocated_peak_bytes": plan.memory.peak_bytes,
             "parts_bytes": bytes_by_part(plan.memory),
-            "parameters_of_rank_0": kept,
+            "parameters_of_rank_0": parameters_of_first(plan),
         },
         "time": _time_values(plan),
         "iterations": [_iteration_values(plan, number) for number in range(len(plan.iterations))],
