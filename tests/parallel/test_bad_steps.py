@@ -14,27 +14,13 @@ from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.recipe import Layout
 from nemo_moviegen.spikes import Guard
 from parallel.guarded import guarded, keep_end
-from parallel.runs import recipe, train_on_ranks, write_latents
+from parallel.runs import recipe, train_on_ranks
 
 GUARD = Guard(check_every=1, window=4, min_steps=2, rollback_after=2, max_rollbacks=1)
 DP = Layout(sharding="none")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 def lines(run, file):

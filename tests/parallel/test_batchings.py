@@ -24,14 +24,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

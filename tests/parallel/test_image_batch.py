@@ -8,20 +8,9 @@ import pytest
 
 from nemo_moviegen.recipe import LatentData, Layout
 from nemo_moviegen.training.checkpoint import starting_checkpoints
-from parallel.runs import recipe, train_on_ranks, write_latents
+from parallel.runs import recipe, train_on_ranks
 
-
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo_moviegen.training.module  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

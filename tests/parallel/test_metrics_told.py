@@ -20,14 +20,7 @@ PEAK_TFLOPS = 1e-3
 SHAPES = ((3, 8, 4), (2, 8, 8))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

@@ -16,28 +16,14 @@ from nemo_moviegen.recipe import Layout
 from nemo_moviegen.spikes import Guard
 from nemo_moviegen.training.monitor import Parameter, RankReport, checksum, violations
 from parallel.guarded import guarded
-from parallel.runs import recipe, train_on_ranks, write_latents
+from parallel.runs import recipe, train_on_ranks
 
 GUARD = Guard(check_every=2)
 NORM, SHARDED = "decoder.final_layernorm.weight", "decoder.layers.1.mlp.linear_fc2.weight"
 exact = settings(derandomize=True, deadline=None, max_examples=50)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @exact

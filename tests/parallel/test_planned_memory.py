@@ -15,6 +15,7 @@ from nemo_moviegen.sizes import VIDEO_TINY
 from nemo_moviegen.training import tensor_bytes
 from parallel.runs import train_on_ranks
 
+pytestmark = pytest.mark.usefixtures("nemo")
 TEXT_TOKENS = 12
 """Of each encoder, in every prompt."""
 SHAPE = (8, 32, 32)

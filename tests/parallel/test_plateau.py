@@ -21,10 +21,7 @@ OPTIM = Optim(
 """No loss falls by nine tenths: measured after every step, the second, fourth and sixth lower the rate."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo_moviegen.training.module  # noqa: F401
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,7 @@ SAMPLED = Progress(samples_every=2, num_samples=4, sampling_steps=3, every_secon
 """Of the held-out samples 0 to 3, the first and the last of which are images."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

@@ -11,25 +11,10 @@ from ranks import run_on_ranks
 from nemo_moviegen.recipe import Layout
 from nemo_moviegen.stopping import TO_GO_ON, TO_STAY
 from nemo_moviegen.training.checkpoint import last_checkpoint
-from parallel.runs import recipe, train_on_ranks, write_latents
+from parallel.runs import recipe, train_on_ranks
 from parallel.test_training import losses
 
-
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

@@ -17,22 +17,7 @@ from nemo_moviegen.training.checkpoint import last_checkpoint, load_video_model
 from nemo_moviegen.training.storage import read_whole, tensor_shapes
 from parallel.runs import recipe, train_on_ranks, write_latents
 
-
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("latents")
-    write_latents(folder)
-    return folder
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")

@@ -35,14 +35,7 @@ NUM_HELDOUT = 5
 """Two images and three clips, so that two copies can share neither the 6 nor the 9 evaluations evenly."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nemo():
-    """Imported once, before the ranks fork."""
-    import nemo.lightning
-
-    import nemo_moviegen.training.module  # noqa: F401
-
-    return nemo.lightning
+pytestmark = pytest.mark.usefixtures("nemo")
 
 
 @pytest.fixture(scope="module")
