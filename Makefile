@@ -1,6 +1,7 @@
 # Everything needs Python 3.11 and a package registry, nothing else; each target sets up what it needs.
 #   make demo    raw videos -> autoencoder -> latents -> training on two ranks -> prompted samples -> out/demo/report.html
 #   make test    the test suite
+#   make bench   our training step beside the same block in plain PyTorch and diffusers' (5 minutes)
 #   make chaos   the demo's training killed at 20 random instants and resumed: nothing may differ to the last bit
 #   make slurm-test   a run that a real SLURM of one node ends in six ways: likewise (needs root and Debian packages)
 
@@ -14,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # Ranks share the cores: more threads than cores each make two ranks several times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup test demo chaos slurm-test lint clean
+.PHONY: help setup test demo bench chaos slurm-test lint clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -26,6 +27,9 @@ test: $(STAMP)  ## the test suite
 
 demo: $(STAMP)  ## the whole chain at toy size; ends with out/demo/report.html
 	$(BIN)/moviegen demo
+
+bench: $(STAMP)  ## our training step beside plain PyTorch's and diffusers', on this CPU; BENCH="--parts demo"
+	$(BIN)/moviegen bench steps $(BENCH)
 
 chaos: $(STAMP)  ## training killed at 20 random instants resumes to the last bit; CHAOS="--kills 3 --launcher"
 	$(BIN)/python tests/chaos.py $(CHAOS)

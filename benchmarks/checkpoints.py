@@ -20,8 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 from parallel.runs import train_on_ranks  # noqa: E402
-from random_latents import write_random_latents  # noqa: E402
 
+from nemo_moviegen.data.random_latents import write_random_latents  # noqa: E402
 from nemo_moviegen.recipe import Layout  # noqa: E402
 from nemo_moviegen.training.cpu import stand_in_for_cuda  # noqa: E402
 from recipes import tiny  # noqa: E402

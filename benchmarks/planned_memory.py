@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np  # noqa: E402
 from parallel import test_planned_memory as runs  # noqa: E402
-from random_latents import write_random_latents  # noqa: E402
 
 import recipes  # noqa: E402
+from nemo_moviegen.data.random_latents import write_random_latents  # noqa: E402
 from nemo_moviegen.layout import Layout  # noqa: E402
 from nemo_moviegen.recipe import LatentData  # noqa: E402
 from nemo_moviegen.sizes import VIDEO_30B  # noqa: E402

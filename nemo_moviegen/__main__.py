@@ -259,19 +259,26 @@ def generate_command(options):
 
 
 def bench_command(options):
-    """Measure the data engine or the autoencoder on this machine."""
+    """Measure a recipe's training steps, or ways to do the same work, on this machine."""
     from rich.console import Console
 
-    from nemo_moviegen.bench import autoencoder, loader
     from nemo_moviegen.inputs import Bucket
 
-    known = {"loader": loader.PARTS, "tae": autoencoder.PARTS}[options.what]
-    parts, log = tuple(options.parts or known), Console(width=120).print
+    log = Console(width=120).print
+    if options.what not in ("steps", "loader", "tae"):
+        return _bench_recipe(options, log)
+    from nemo_moviegen.bench import autoencoder, loader, steps
+
+    known = {"steps": steps.PARTS, "loader": loader.PARTS, "tae": autoencoder.PARTS}[options.what]
+    parts = tuple(options.parts or known)
     if unknown := [part for part in parts if part not in known]:
         raise ValueError(f"bench {options.what} has no part {', '.join(unknown)}; use {', '.join(known)}")
+    if options.what == "steps":
+        steps.bench_steps(parts, turns=options.rounds or 12, output=options.json, log=log)
+        return 0
     if options.what == "tae":
         autoencoder.bench_autoencoder(parts, rounds=options.rounds or 3, output=options.json, log=log)
-        return
+        return 0
     height_px, width_px = options.size
     loader.bench_loader(
         parts,
@@ -283,6 +290,31 @@ def bench_command(options):
         output=options.json,
         log=log,
     )
+    return 0
+
+
+def _bench_recipe(options, log):
+    from nemo_moviegen.cluster import read_cluster
+    from nemo_moviegen.launch import check_run, start_ranks
+    from nemo_moviegen.recipe import override
+    from nemo_moviegen.tables import find_recipe
+
+    recipe = override(find_recipe(options.what), options.settings)
+    if options.cluster:
+        recipe = replace(recipe, cluster=options.cluster)
+    cluster = read_cluster(recipe.cluster)
+    check_run(recipe, cluster)
+    numbers = {"steps": options.steps, "warm_up": options.warm_up, "profiled": options.profiled}
+    if "WORLD_SIZE" not in os.environ and cluster.num_ranks > 1:
+        given = {"--folder": options.folder, "--json": options.json} | {
+            f"--{name.replace('_', '-')}": str(number) for name, number in numbers.items()
+        }
+        words = [word for name, value in given.items() if value for word in (name, value)]
+        return start_ranks(recipe, Path(f"{options.folder}-launch"), cluster, ["bench", *words])
+    from nemo_moviegen.bench.recipe import bench_recipe
+
+    bench_recipe(recipe, cluster, options.folder, **numbers, output=options.json, log=log)
+    return 0
 
 
 def evaluate_command(options):

@@ -189,23 +189,32 @@ def _parser():
     )
     _add_tiles(add)
 
-    add = command("bench", "measure ways to do the same work, in turns, with their ratios")
+    add = command("bench", "measure the training steps of a recipe, or ways to do the same work, in turns")
     add(
         "what",
-        choices=("loader", "tae"),
-        help="loader: decoding, reading latents, memory, first batch; tae: our autoencoder and diffusers'",
+        help="a recipe; or steps: our training step, plain PyTorch's and diffusers'; loader: decoding, "
+        "reading latents, memory, first batch; tae: our autoencoder and diffusers'",
     )
+    add("settings", nargs="*", metavar="key=value", help="of a recipe: overrides, as layout.recompute=full")
+    add(
+        "--cluster", help="of a recipe: where it runs, a name of recipes/clusters or a file; default: its own"
+    )
+    add("--steps", type=int, default=20, help="of a recipe: steps that are timed (%(default)s)")
+    add("--warm-up", type=int, default=5, help="of a recipe: steps before them (%(default)s)")
+    add("--profiled", type=int, default=3, help="of a recipe: steps after them, taken apart (%(default)s)")
+    add("--folder", default="out/bench", help="of a recipe: what is emptied and used (%(default)s)")
     add(
         "--parts",
         nargs="+",
-        help="some only (all): of loader decode, latents, memory, start; of tae production, small, long",
+        help="some only (all): of steps demo, mid; of loader decode, latents, memory, start; of tae "
+        "production, small, long",
     )
     add("--videos", help="folder of videos to decode; default: renders VP9 and H.264 of real film itself")
     add("--frames", type=int, default=64, help="frames of a clip (%(default)s)")
     add("--size", type=_frame_size, default=(256, 256), metavar="HxW", help="in pixels (256x256)")
     add("--fps", type=float, default=16, help="frames a second of a clip (%(default)s)")
     add("--batch", type=int, default=4, help="clips of a batch (%(default)s)")
-    add("--rounds", type=int, help="rounds, each way once in each (loader 5, tae 3)")
+    add("--rounds", type=int, help="rounds, each way once in each (steps 12, loader 5, tae 3)")
     add("--samples", type=int, default=10_000, help="samples while memory is watched (%(default)s)")
     add("--json", help="file for all figures, with the machine's")
 

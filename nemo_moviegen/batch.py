@@ -19,6 +19,10 @@ class VideoBatch:
     """int64 [B], unique in the data set: what noise and time are keyed by."""
     epochs: torch.Tensor
     """int64 [B]: how often the sample was seen before."""
+    noise_BTCHW: torch.Tensor | None = None
+    """The samples' noise, where it was drawn with them (`training.step.with_noise`), and their times."""
+    t_B: torch.Tensor | None = None
+    """fp64 in (0, 1), 0 being noise."""
 
     @property
     def is_image(self) -> bool:
@@ -33,6 +37,8 @@ class VideoBatch:
             masks=tuple(m[start:stop] for m in self.masks),
             sample_ids=self.sample_ids[start:stop],
             epochs=self.epochs[start:stop],
+            noise_BTCHW=None if self.noise_BTCHW is None else self.noise_BTCHW[start:stop],
+            t_B=None if self.t_B is None else self.t_B[start:stop],
         )
 
     def to(self, device, dtype=None) -> "VideoBatch":
@@ -43,6 +49,8 @@ class VideoBatch:
             masks=tuple(m.to(device) for m in self.masks),
             sample_ids=self.sample_ids.to(device),
             epochs=self.epochs.to(device),
+            noise_BTCHW=None if self.noise_BTCHW is None else self.noise_BTCHW.to(device, dtype),
+            t_B=None if self.t_B is None else self.t_B.to(device),
         )
 
 
@@ -64,6 +72,10 @@ class PackedVideoBatch:
     """int64 [N], unique in the data set: what noise and time are keyed by."""
     epochs: torch.Tensor
     """int64 [N]: how often the sample was seen before."""
+    noise: tuple[torch.Tensor, ...] | None = None
+    """Of each clip, where it was drawn with them, and their times."""
+    t_B: torch.Tensor | None = None
+    """fp64 in (0, 1), 0 being noise."""
 
     def to(self, device, dtype=None) -> "PackedVideoBatch":
         """The pack on `device`, its floating-point tensors as `dtype` where given."""
@@ -73,4 +85,6 @@ class PackedVideoBatch:
             masks=tuple(m.to(device) for m in self.masks),
             sample_ids=self.sample_ids.to(device),
             epochs=self.epochs.to(device),
+            noise=None if self.noise is None else tuple(part.to(device, dtype) for part in self.noise),
+            t_B=None if self.t_B is None else self.t_B.to(device),
         )

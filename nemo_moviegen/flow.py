@@ -11,6 +11,7 @@ parallel layout, after a resume, and for every dtype of the model.
 Axes: B clips, T latent frames, C channels, H W height and width.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -30,9 +31,7 @@ def sample_generator(seed, sample_id, epoch, purpose) -> np.random.Generator:
     Philox's bits for ever and what it makes of them for a version, so an upgrade may change what a resumed
     run draws; a test tells.
     """
-    key = f"{int(seed)}/{int(sample_id)}/{int(epoch)}/{purpose}".encode()
-    digest = hashlib.blake2b(key, digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.Philox(key=_key(seed, sample_id, epoch, purpose)))
 
 
 def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32, purpose="noise") -> torch.Tensor:
@@ -42,11 +41,10 @@ def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32, purpos
     is one product of an integer and a constant (ziggurat), the same on every kind of CPU. A latent of 73,728
     tokens takes 60 ms of one core: 0.6% of a step of 10 s. ValueError if there is not one epoch a sample.
     """
-    keys = _sample_keys(sample_ids, epochs)
-    noise_BTCHW = torch.empty(len(keys), *shape_TCHW, dtype=dtype)
-    for row, key in enumerate(keys):
-        noise = sample_generator(seed, *key, purpose).standard_normal(tuple(shape_TCHW))
-        noise_BTCHW[row] = torch.from_numpy(noise)
+    streams = _streams(seed, _sample_keys(sample_ids, epochs), purpose)
+    noise_BTCHW = torch.empty(len(streams), *shape_TCHW, dtype=dtype)
+    for row, stream in enumerate(streams):
+        noise_BTCHW[row] = torch.from_numpy(stream().standard_normal(tuple(shape_TCHW)))
     return noise_BTCHW
 
 
@@ -56,10 +54,8 @@ def draw_time(seed, sample_ids, epochs, dtype=torch.float32) -> torch.Tensor:
     A multiple of 2**-32: the last digits of an exponential differ between machines. Ask for float32 or
     float64: bfloat16 has 256 steps below one and may round up to it.
     """
-    logits = (
-        sample_generator(seed, *key, "time").standard_normal() for key in _sample_keys(sample_ids, epochs)
-    )
-    times = [round(2**32 / (1 + math.exp(-logit))) / 2**32 for logit in logits]
+    streams = _streams(seed, _sample_keys(sample_ids, epochs), "time")
+    times = [round(2**32 / (1 + math.exp(-stream().standard_normal()))) / 2**32 for stream in streams]
     return torch.tensor(times, dtype=torch.float64).to(dtype)
 
 
@@ -155,6 +151,27 @@ def _velocity(velocity_fn, x_BTCHW, t):
     )  # bfloat16 cannot tell 0.1 from 0.1004
     t_B = torch.full((x_BTCHW.shape[0],), t, dtype=dtype, device=x_BTCHW.device)
     return velocity_fn(x_BTCHW, t_B).to(x_BTCHW.dtype)
+
+
+def _key(seed, sample_id, epoch, purpose):
+    key = f"{int(seed)}/{int(sample_id)}/{int(epoch)}/{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
+
+
+def _streams(seed, keys, purpose):
+    """A function for each (sample id, epoch) that gives what `sample_generator` does, to be used before the
+    next is called: one generator, set anew. A fresh one asks the system for entropy that its key replaces,
+    15 microseconds that the loader's thread takes from the one that trains."""
+    generator = np.random.Generator(np.random.Philox(key=0))
+    state = generator.bit_generator.state
+
+    def start(key):
+        number = _key(seed, *key, purpose)
+        state["state"]["key"][:] = number % 2**64, number >> 64
+        generator.bit_generator.state = state
+        return generator
+
+    return [functools.partial(start, key) for key in keys]
 
 
 def _sample_keys(sample_ids, epochs):

@@ -38,7 +38,8 @@ def launch(recipe, debug=False) -> int:
         )
     check_inputs(here)
     if not started and cluster.num_ranks > 1:
-        return _start_ranks(recipe, Path(here.output), cluster, debug)
+        command = ["train", *(["--debug"] if debug else [])]
+        return start_ranks(recipe, here.output, cluster, command)
     if started and started != cluster.num_ranks:
         raise ValueError(
             f"cluster {cluster.name} has {cluster.num_ranks} ranks, {started} were started: start "
@@ -160,15 +161,19 @@ def _train(recipe):
         train(recipe)
 
 
-def _start_ranks(recipe, output, cluster, debug) -> int:
+def start_ranks(recipe, output, cluster, command) -> int:
+    """Start the cluster's ranks on this machine, each as `moviegen COMMAND... RECIPE`, and wait for them.
+
+    The recipe is handed over as a file in the folder `output`. Returns the exit code, as `node.run_ranks`.
+    """
     from nemo_moviegen.node import run_ranks
 
+    output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / LAUNCH_FILE).write_text(recipe_yaml(recipe), encoding="utf-8")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // cluster.num_ranks)))
     arguments = ["--standalone", f"--nproc-per-node={cluster.num_ranks}", "-m", "nemo_moviegen"]
-    arguments += ["train", str(output / LAUNCH_FILE), *(["--debug"] if debug else [])]
-    return run_ranks(arguments)
+    return run_ranks([*arguments, *command, str(output / LAUNCH_FILE)])
 
 
 def _num_cores() -> int:

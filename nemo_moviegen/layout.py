@@ -1,6 +1,6 @@
 """How one model is spread over ranks (s3.1.6): plain numbers, without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHOICES = {
     "sharding": ("none", "optimizer", "full"),
@@ -49,6 +49,12 @@ class Layout:
                 f"use a multiple of {self.model_ranks} ranks or a smaller layout"
             )
         return num_ranks // self.model_ranks
+
+    def among(self, num_ranks: int) -> "Layout":
+        """This layout as it is built on `num_ranks`: an optimiser that no second rank shares is not shared
+        out, for megatron would send all gradients and weights to where they are."""
+        alone = self.data_parallel(num_ranks) * self.context == 1
+        return replace(self, sharding="none") if alone and self.sharding == "optimizer" else self
 
 
 def nearest_bucket(size, latent_shape, divisor):

@@ -117,6 +117,9 @@ class VideoRecipe(Recipe):
     """Classifier-free guidance of samples from this model (s3.4)."""
     bf16_layers: int = 0
     """Layers at each end of the decoder that stay in bf16 under an FP8 precision; no effect otherwise."""
+    compiles: bool = True
+    """On GPUs, norms, modulation and gates go through torch.compile: a kernel or two each. No effect on
+    CPUs."""
     guard: Guard = field(default_factory=Guard)
     validation: Validation = field(default_factory=Validation)
     progress: Progress = field(default_factory=Progress)

@@ -6,9 +6,9 @@ iteration in eleven takes images (1:10). Latents are 8x smaller than the clips i
 position tables grow with the stages (s3.1.3): 16, 32, 96 patches in space; frames from the first clips on.
 
 Weights, gradients and optimiser are shared out over all data-parallel ranks (s3.1.6). The paper recomputes
-selectively and does not say what. Here 256 px recomputes the feed-forward and 768 px whole layers: of a clip
-of 73,728 tokens over TP 4, selective would keep 160 GB of activations a rank and full keeps 11 (what a layer
-keeps of a token is measured: video/model.py).
+selectively and does not say what. Here it is the feed-forward: of a clip of 73,728 tokens over TP 4 and CP 2
+a rank keeps 60 GB of activations then. Over TP 4 alone it would be 120, so rows 4 and 5 recompute whole
+layers, which keeps 11 (what a layer keeps of a token is measured: video/model.py).
 
 Each stage names its buckets, and every shape of them must divide by the layout: square images first, for the
 16 patches of the first tables, then Table 2's durations in five aspect ratios. `moviegen encode --buckets`
@@ -175,7 +175,7 @@ def t2iv_768_cp2_6144() -> VideoRecipe:
     return replace(
         base,
         name="video_30b.t2iv_768_cp2_6144",
-        layout=replace(base.layout, context=2),
+        layout=replace(base.layout, context=2, recompute="selective"),
         optim=replace(base.optim, learning_rate=2e-5),
         global_batch=768,
         num_steps=15_900,

@@ -163,9 +163,9 @@ def warm_up():
 def write_latents(folder, num_samples=48):
     """Random latents of the demo's shapes, a third of them images, and a few held out; returns the folder."""
     import numpy as np
-    from random_latents import write_random_latents
 
     import recipes
+    from nemo_moviegen.data.random_latents import write_random_latents
     from nemo_moviegen.validation import heldout_folder
 
     recipe, rng = recipes.get("tiny.t2iv"), np.random.default_rng(0)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_latents import write_random_latents
 
 import recipes
 from nemo_moviegen.cluster import Cluster, Slurm, cluster_names, read_cluster
+from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.sizes import VIDEO_TINY
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of leptonai and fastapi, at import

@@ -66,7 +66,7 @@ def test_overrides_are_checked_together_not_one_by_one():
         ("size.contexts.0.tokens=3", "did you mean 'size.contexts.0.max_tokens'"),
         ("size.contexts.7.width=3", "did you mean 'size.contexts.0.width'"),
         ("data=3", "did you mean 'data.batching'"),
-        ("zzz=1", "known: bf16_layers, cluster, data.batching"),
+        ("zzz=1", "known: bf16_layers, cluster, compiles, data.batching"),
         ("num_steps", "'num_steps' is not an assignment: write key=value"),
         ("num_steps=many", "'many' of type 'str' could not be converted to Integer"),
         ("num_steps=3.5", "'3.5' of type 'float' could not be converted to Integer"),

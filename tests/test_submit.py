@@ -63,7 +63,7 @@ def test_a_dry_run_prints_a_line_that_can_be_typed_and_submits_nothing(capsys, s
     assert {"--nodes=512", "--gpus-per-node=8", f"--job-name={ROW}"} <= set(typed)
     assert typed[-3:] == ["slurm/train.sbatch", "num_steps=10", "output=a b"]
     assert "of 79.0 GiB" in out and "GPU-hours" in out and "TP4 CP2 DP512" in out
-    assert "512: 1 micro-batches of 1" in out and "recompute full" in out
+    assert "512: 1 micro-batches of 1" in out and "recompute selective" in out
 
 
 def test_a_folder_in_brackets_is_shown_as_it_is(capsys):

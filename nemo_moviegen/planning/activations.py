@@ -2,8 +2,7 @@
 
 What a layer keeps is a table of the tensors autograd saves in `video/layer.py`, by name; tests compare its
 sum with what a built model saves, and the peak with the tensors of whole training steps. In hidden states
-a token (tensor 1, the 30B model's proportions): 30 with megatron's local kernels, 23 with Transformer
-Engine's.
+a token (tensor 1, the 30B model's proportions): 21, and 11 where the feed-forward is made again.
 
     recomputation   a layer keeps                  its backward pass works on
     none            all of the table               gradients
@@ -14,12 +13,8 @@ Engine's.
 STATISTIC_BYTES = 4
 """Of a norm's or softmax's statistic."""
 FEED_FORWARD = (
-    "normed 3",
-    "norm 3",
     "modulated 3",
     "ffn gate and value",
-    "ffn activated",
-    "ffn value",
     "ffn product",
     "ffn out",
 )
@@ -35,31 +30,22 @@ def kept_by_layer(share) -> dict[str, float]:
     ffn = share.context_tokens * size.ffn_width / layout.tensor * number
     text = share.text_tokens * size.width / layout.tensor * number
     softmax = share.context_tokens * size.num_heads / layout.tensor * STATISTIC_BYTES
-    hidden, normed = _norm_inputs(share)
     kept = {
-        "hidden 1": own * hidden,
-        "normed 1": own * normed,
-        "norm 1": own,
+        "hidden 1": own,
         "modulated 1": own,
         "queries, keys, values": 3 * cut,
-        "normed queries and keys": size.qk_norm * 2 * (1 + normed + (hidden - 1)) * cut,
+        "normed queries and keys": size.qk_norm * 2 * cut,
         GATHERED: _gathered(share),
         "attention": cut * _outputs(share) + softmax,
         "attention out": own,
         "hidden 2": own,
-        "normed 2": own * normed * size.cross_attention_norm,
         "norm 2": own * size.cross_attention_norm,
         "text queries": cut,
         "text keys and values": 2 * text,
         "text attention": cut + softmax,
-        "hidden 3": own * hidden,
-        "normed 3": own * normed,
-        "norm 3": own,
+        "hidden 3": own,
         "modulated 3": own,
         "ffn gate and value": ffn * (2 if size.gated_ffn else 1),
-        # a fused SwiGLU computes both again from the one above
-        "ffn activated": ffn * (size.gated_ffn and not share.fused),
-        "ffn value": ffn * (size.gated_ffn and not share.fused),
         "ffn product": ffn,
         "ffn out": own,
     }
@@ -84,7 +70,7 @@ def working(share) -> float:
     again = {
         "none": 0.0,
         "selective": _again(table),
-        "full": sum(table.values()) - _hidden_state(share) / _norm_inputs(share)[0],
+        "full": sum(table.values()) - _hidden_state(share),
     }[recompute]
     return again + _gradients(share)
 
@@ -118,15 +104,7 @@ def _around(share):
     own = _hidden_state(share)
     positions = own if share.layout.recompute == "full" else 0.0
     patches = share.own_tokens * share.size.input_patch_width * share.number_bytes
-    return positions + own * (1 + sum(_norm_inputs(share))) + patches
-
-
-def _norm_inputs(share):
-    """How often a norm keeps its input, and its input scaled: torch's without a fused kernel keeps both, in
-    fp32."""
-    if share.fused:
-        return 1, 0
-    return (2, 2) if share.number_bytes == 2 else (1, 1)
+    return positions + 2 * own + patches
 
 
 def _outputs(share):
@@ -139,13 +117,15 @@ def _again(table):
 
 
 def _gradients(share):
-    """Three hidden states' and the largest matrix's; where positions are an input of every layer, theirs."""
+    """Three hidden states' and the largest matrix's; where positions are an input of every layer, theirs; and
+    what a norm's gradient is computed from, which compiled kernels do not store."""
     size, layout, own = share.size, share.layout, _hidden_state(share)
     whole = share.context_tokens * size.width * share.number_bytes if share.sequence > 1 else 0.0
     # Megatron FSDP's gradients of a layer are counted in memory.py
     is_full, ffn = layout.sharding == "full", size.ffn_width * (2 if size.gated_ffn else 1)
     matrix = 0.0 if is_full else size.width * ffn / layout.tensor * share.number_bytes
-    return own * (4 if layout.recompute == "full" else 3) + whole + matrix
+    stored = 0.0 if share.fused else 2 * share.own_tokens * size.width * max(4, share.number_bytes)
+    return own * (4 if layout.recompute == "full" else 3) + stored + whole + matrix
 
 
 def _gathered(share):

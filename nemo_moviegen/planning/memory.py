@@ -40,8 +40,6 @@ class Memory:
     """Likewise: keys and values of other context ranks, and their gradients."""
     head: float
     """What comes out of the model and what it is compared with: the logits of this model."""
-    optimizer_step: float
-    """Working memory of the optimiser's step; activations are gone by then."""
     fragments: float = 0.0
     """Outside of what torch's allocator hands out, as the next two: what it holds and can not use."""
     nccl: float = 0.0
@@ -57,7 +55,7 @@ class Memory:
     @property
     def peak_bytes(self) -> float:
         """Most that is allocated at once in a step."""
-        return self.states_bytes + max(self.backward_bytes, self.optimizer_step)
+        return self.states_bytes + self.backward_bytes
 
     @property
     def backward_bytes(self) -> float:
@@ -89,8 +87,6 @@ def memory_of(share: Share, *, ema=False) -> Memory:
         working=_working(share),
         attention=activations.attention_workspace(share),
         head=activations.head_and_loss(share),
-        # torch's AdamW takes the roots of all second moments at once, the fused one none
-        optimizer_step=0.0 if share.fused else held * main / pieces,
     )
 
 

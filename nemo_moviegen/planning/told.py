@@ -14,7 +14,6 @@ MEMORY = {
     "working": "one layer computed backward: what is made again, gradients, gathered weights",
     "attention": "keys and values of other context ranks, and their gradients",
     "head": "velocities out of the head and their targets",
-    "optimizer_step": "what the optimiser's step needs beside all of these",
     "fragments": "held by the allocator between blocks (assumed 3%)",
     "nccl": "buffers of the communicators (assumed)",
     "context": "CUDA, cuDNN, cuBLAS; on a CPU the process without its tensors",
@@ -60,10 +59,7 @@ def changes_to(plan, asked) -> list[str]:
 
 def bytes_by_part(memory) -> dict[str, float]:
     """Bytes of a rank at its peak by component; they sum to `device_bytes`."""
-    values = asdict(memory)
-    in_backward = ("activations", "working", "attention", "head", "batch")
-    gone = in_backward if memory.optimizer_step > memory.backward_bytes else ("optimizer_step",)
-    return {name: 0.0 if name in gone else value for name, value in values.items()}
+    return asdict(memory)
 
 
 def parameters_of_first(plan) -> dict[str, int]:

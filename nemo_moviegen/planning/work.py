@@ -5,11 +5,12 @@ The model's layer gives `layer_work`; `published.py` describes other people's la
 
 from dataclasses import dataclass
 
-FORWARD_PASSES = 28
-"""Hidden states that a layer's element-wise kernels read or write between its linear layers (video/layer.py):
-positions 3, two norms 4, two modulations 8, two gates 4, three sums 9."""
-BACKWARD_PASSES = 62
-"""Likewise backward: two reads and a write for each of them, a sum for each vector of a clip."""
+FORWARD_PASSES = 16
+"""Hidden states that a layer's element-wise kernels read or write between its linear layers, each operation
+of video/fused.py compiled to one kernel: positions 3, two modulated norms 4, two gated sums 6, a sum 3."""
+BACKWARD_PASSES = 28
+"""Likewise backward: two modulated norms 10 (their vectors of a clip are summed in a kernel of their own),
+two gates 6, gradients of residuals and positions added 12."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def layer_work(share, parameters) -> LayerWork:
         backward_bytes=(BACKWARD_PASSES + ring[1]) * own
         + (2 * gates + 1) * activated
         + size.qk_norm * 8 * own,
-        feed_forward_bytes=10 * own + (gates + 1) * activated,
+        feed_forward_bytes=5 * own + (gates + 1) * activated,
         gathered_bytes=context * width * number,
         gathers=3,
         key_bytes=2 * share.micro_batch * share.tokens * width / tensor * number,

@@ -64,14 +64,13 @@ class Metrics(pl.Callback):
         values = {
             "train/loss": loss,
             "train/learning_rate": self.learning_rate,
+            "train/grad_norm": float(self.guard.grad_norm),
             "train/skipped": self.guard.detector.skipped,
             "train/is_image": int(self.data.order.kind(self.step) == "image"),
             **self.speed(module, seconds, trainer.world_size),
             **memory(),
             **asides,
         }
-        if "grad_norm" in trainer.callback_metrics:
-            values["train/grad_norm"] = float(trainer.callback_metrics["grad_norm"])
         self.record.write(trainer.global_step, values)
         facts = f"loss {loss:.4f}  {seconds:.3f} s/step  {values['speed/tokens_per_second']:,.0f} tokens/s"
         self.record.show(trainer.global_step, facts)

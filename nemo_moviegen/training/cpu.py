@@ -56,22 +56,33 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 self._update(group, params)
 
     def _update(self, group, params):
-        (beta1, beta2), step, lr = group["betas"], group["step"], group["lr"]
+        (beta1, beta2), step = group["betas"], torch.tensor(float(group["step"]))
         for p in params:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-        gradients = [p.grad for p in params]
-        means = [self.state[p]["exp_avg"] for p in params]
-        squares = [self.state[p]["exp_avg_sq"] for p in params]
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
-        torch._foreach_add_(denominators, group["eps"])
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        torch._foreach_addcdiv_(params, means, denominators, -lr / (1 - beta1**step))
+        # one pass over memory, as the fused kernels on GPUs; of a DTensor (Megatron FSDP) this rank's piece
+        tensors = (
+            [getattr(tensor, "_local_tensor", tensor) for tensor in of_params]
+            for of_params in (
+                params,
+                [p.grad for p in params],
+                [self.state[p]["exp_avg"] for p in params],
+                [self.state[p]["exp_avg_sq"] for p in params],
+            )
+        )
+        torch._fused_adamw_(
+            *tensors,
+            [],
+            [step] * len(params),
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
 
 
 def _patch_device_names():
@@ -155,6 +166,8 @@ def _patch_main_precision():
 
     # The norm of all gradients, which scales them: megatron's fallback for the CUDA kernel rounds it to fp32
     clip_grads.l2_norm_impl = _norm_of_all
+    # and its fallback for the scaling makes a copy of each gradient
+    clip_grads.multi_tensor_scale_impl = _scale_all
     # A rank without a gradient of its own (all of them are another tensor rank's duplicates) would bring an
     # fp32 zero to the sum of the ranks' norms
     norm = plain_optimizer.get_grad_norm_fp32
@@ -167,8 +180,15 @@ def _patch_main_precision():
 
 
 def _norm_of_all(chunk_size, noop_flag, tensor_lists, per_tensor):
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensor_lists[0]]
-    return torch.linalg.vector_norm(torch.stack(norms)).reshape(1), None
+    norms = torch.stack([torch.linalg.vector_norm(tensor) for tensor in tensor_lists[0]])
+    return torch.linalg.vector_norm(norms, dtype=torch.float64).reshape(1), None
+
+
+def _scale_all(chunk_size, noop_flag, tensor_lists, factor):
+    gradients, into = tensor_lists
+    if any(a is not b for a, b in zip(gradients, into, strict=True)):
+        raise RuntimeError("megatron-core 0.15.3 scales gradients in place, and this caller does not")
+    torch._foreach_mul_(gradients, factor)
 
 
 def _keeping_doubles(method):

@@ -17,6 +17,7 @@ from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.data.order import BatchOrder
 from nemo_moviegen.flops import token_cost
 from nemo_moviegen.precision import is_fp8
+from nemo_moviegen.training.step import data_dtype, with_noise
 from nemo_moviegen.training.text import with_text
 
 
@@ -51,7 +52,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
     def _collate(self, samples, epochs, is_pack):
         size = self.recipe.size
         samples = [self._drop_prompt(s, e) for s, e in zip(samples, epochs, strict=True)]
-        return (collate_packed if is_pack else collate)(
+        batch = (collate_packed if is_pack else collate)(
             samples,
             epochs,
             size.contexts,
@@ -60,6 +61,7 @@ class MicroBatches(torch.utils.data.IterableDataset):
             statistics=self.source.statistics,
             **({} if is_pack else {"pad": self._pad}),
         )
+        return with_noise(batch, self.recipe.seed, data_dtype(self.recipe.precision))
 
     def _drop_prompt(self, sample, epoch):
         generator = flow.sample_generator(self.recipe.seed, sample.sample_id, epoch, "prompt_drop")

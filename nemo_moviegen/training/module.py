@@ -3,6 +3,7 @@
 import time
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -12,7 +13,7 @@ from nemo.lightning.pytorch.optim import LRSchedulerModule, MegatronOptimizerMod
 from nemo_moviegen.optim import PlateauDetector
 from nemo_moviegen.precision import is_mixed
 from nemo_moviegen.training.record import learning_rate_factor
-from nemo_moviegen.training.step import mean_loss, noisy_pair, token_loss
+from nemo_moviegen.training.step import data_dtype, mean_loss, noisy_pair, token_loss
 from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
 
 
@@ -33,9 +34,9 @@ class FlowMatchingModule(pl.LightningModule):
             recipe.precision,
             bf16_layers=recipe.bf16_layers,
             uses_transformer_engine=uses_transformer_engine,
+            compiles=recipe.compiles and torch.cuda.is_available(),
         )
-        # bf16 rounds neither the latents nor the target: the loss is taken in fp32
-        self.data_dtype = torch.float64 if recipe.precision == "fp64" else torch.float32
+        self.data_dtype = data_dtype(recipe.precision)
         self.optim = MegatronOptimizerModule(
             config=optimizer_config(recipe),
             lr_scheduler=LearningRate(recipe.optim, recipe.num_steps, self.plateau),
@@ -65,13 +66,18 @@ class FlowMatchingModule(pl.LightningModule):
         self.data_seconds += time.perf_counter() - started
         self.num_prompts += len(batch.sample_ids)
         for name, mask_BL in zip(self.text_tokens, batch.masks, strict=True):
-            self.text_tokens[name] += int(mask_BL.sum())  # still on the CPU: nothing waits
+            # still on the CPU, so nothing waits; by numpy, which keeps the interpreter's lock
+            self.text_tokens[name] += int(np.count_nonzero(mask_BL.numpy()))
         return batch.to(torch.cuda.current_device(), self.data_dtype)
 
     def training_step(self, batch, batch_idx=None):
         """(velocity tokens of this rank, whole velocity target) of a `VideoBatch` or `PackedVideoBatch`."""
         x, target, t_B = noisy_pair(batch, self.recipe.seed)
         return self.module(x, t_B, batch.contexts, batch.masks), target
+
+    def log(self, *_, **__):
+        """Nothing: NeMo's strategy tells Lightning five values a step, at a millisecond each, of which
+        training/callbacks.py has its own."""
 
     @property
     def loss_reduction(self):

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from dataclasses import replace
 
 import torch
 
@@ -11,9 +13,14 @@ from nemo_moviegen.training.cpu import stand_in_for_cuda, stand_in_for_cuda_in_n
 from nemo_moviegen.training.record import quiet, write_recipe
 from nemo_moviegen.training.tensor_bytes import counted
 
+SWITCH_SECONDS = 2e-4
+"""After which a thread hands over the interpreter that another waits for. Python's 5 ms let the loader's
+thread hold up the one that launches kernels, 5% of a demo's step."""
 
-def train(recipe):
-    """Train a `VideoRecipe` on the ranks this process was started among.
+
+def train(recipe, also=()):
+    """Train a `VideoRecipe` on the ranks this process was started among; `also` are Lightning callbacks that
+    see each step last.
 
     Returns the last step's metrics on rank 0, None elsewhere. Ranks come from the launcher's environment
     (torchrun), one process trains alone. ValueError where layout, batch or data do not fit, before anything
@@ -23,6 +30,7 @@ def train(recipe):
     if num_ranks > 1 and "LOCAL_WORLD_SIZE" not in os.environ:
         raise ValueError(f"{num_ranks} ranks and no LOCAL_WORLD_SIZE: start each node's ranks with torchrun")
     recipe.num_microbatches(num_ranks)
+    sys.setswitchinterval(SWITCH_SECONDS)
     fused = uses_transformer_engine(recipe)
     own, other = starting_checkpoints(recipe)
     quiet()
@@ -33,12 +41,14 @@ def train(recipe):
     from nemo_moviegen.training.module import FlowMatchingModule
     from nemo_moviegen.training.stopping import fit
 
+    asked, recipe = recipe, replace(recipe, layout=recipe.layout.among(num_ranks))
     with counted():
         data = LatentDataModule(recipe)
         module = FlowMatchingModule(recipe, uses_transformer_engine=fused, is_fresh=own is None)
         if int(os.environ.get("RANK", 0)) == 0:
-            write_recipe(recipe)
+            write_recipe(asked)
         trainer = _trainer(recipe, module, data, num_ranks, own, other)
+        trainer.callbacks.extend(also)
         fit(trainer, module, data)
     return getattr(trainer, "last_metrics", None)
 

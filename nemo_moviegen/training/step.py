@@ -1,6 +1,6 @@
 """One training step in plain torch: latents to a noisy pair to a loss no layout changes (s3.1.2, eq. 2)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -25,26 +25,44 @@ class TokenLoss:
     """fp64 [2]: loss and tokens of this rank, detached, for the report."""
 
 
+def data_dtype(precision) -> torch.dtype:
+    """Of latents, noise and loss: bf16 rounds neither the latents nor the target."""
+    return torch.float64 if precision == "fp64" else torch.float32
+
+
+def with_noise(batch, seed, dtype):
+    """The batch with the noise of its samples, in `dtype`, and their times: the loader's thread draws them
+    while the rank computes. A clip has those in a pack that it has in a batch."""
+    ids, epochs = batch.sample_ids, batch.epochs
+    t_B = flow.draw_time(seed, ids, epochs, torch.float64)
+    if not isinstance(batch, PackedVideoBatch):
+        noise_BTCHW = flow.draw_noise(batch.latent_BTCHW.shape[1:], seed, ids, epochs, dtype)
+        return replace(batch, noise_BTCHW=noise_BTCHW, t_B=t_B)
+    keys = zip(batch.latents, ids.split(1), epochs.split(1), strict=True)
+    noise = tuple(flow.draw_noise(latent.shape, seed, *key, dtype)[0] for latent, *key in keys)
+    return replace(batch, noise=noise, t_B=t_B)
+
+
 def noisy_pair(batch, seed):
     """(x_t, velocity target, t) of a `VideoBatch`: whole latents, the same on all ranks that share samples.
 
     x_t and the target have the latents' dtype; t is fp64 in (0, 1), 0 being noise. Of a `PackedVideoBatch`
-    they are tuples of a [T, C, H, W] for each clip: a clip has the noise and the time it has in a batch.
+    they are tuples of a [T, C, H, W] for each clip. Noise and times are drawn where the batch has none.
     """
-    if not isinstance(batch, PackedVideoBatch):
-        return _noisy_latents(batch.latent_BTCHW, batch.sample_ids, batch.epochs, seed)
-    keys = zip(batch.latents, batch.sample_ids.split(1), batch.epochs.split(1), strict=True)
-    clips = [_noisy_latents(latent.unsqueeze(0), *key, seed) for latent, *key in keys]
-    x, target, t = zip(*clips, strict=True)
-    return tuple(of_clip[0] for of_clip in x), tuple(of_clip[0] for of_clip in target), torch.cat(t)
-
-
-def _noisy_latents(latent_BTCHW, sample_ids, epochs, seed):
-    device, dtype = latent_BTCHW.device, latent_BTCHW.dtype
-    noise_BTCHW = flow.draw_noise(latent_BTCHW.shape[1:], seed, sample_ids, epochs, dtype).to(device)
-    t_B = flow.draw_time(seed, sample_ids, epochs, torch.float64).to(device)
-    x_BTCHW = flow.interpolate(noise_BTCHW, latent_BTCHW, t_B.to(dtype))
-    return x_BTCHW, flow.velocity_target(noise_BTCHW, latent_BTCHW), t_B
+    is_pack = isinstance(batch, PackedVideoBatch)
+    latents = batch.latents if is_pack else batch.latent_BTCHW
+    dtype = latents[0].dtype
+    if batch.t_B is None:
+        batch = with_noise(batch, seed, dtype).to(latents[0].device)
+    t_B = batch.t_B
+    if not is_pack:
+        x_BTCHW = flow.interpolate(batch.noise_BTCHW, latents, t_B.to(dtype))
+        return x_BTCHW, flow.velocity_target(batch.noise_BTCHW, latents), t_B
+    pairs = [
+        (flow.interpolate(noise[None], latent[None], t_1.to(dtype))[0], flow.velocity_target(noise, latent))
+        for noise, latent, t_1 in zip(batch.noise, latents, t_B.split(1), strict=True)
+    ]
+    return *zip(*pairs, strict=True), t_B
 
 
 def token_errors(velocity_SBX, target, config):

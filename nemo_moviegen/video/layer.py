@@ -14,7 +14,6 @@ import functools
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import (
     CrossAttention,
     CrossAttentionSubmodules,
@@ -29,7 +28,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
 
+from nemo_moviegen.video import fused
 from nemo_moviegen.video.attention import LocalAttention
+from nemo_moviegen.video.linear import Column, Row
 from nemo_moviegen.video.parallel import sum_gradient_over_sequence_ranks
 
 NUM_MODULATIONS = 6
@@ -45,24 +46,19 @@ def pack_conditioning(modulation_6BD, context_LBD):
 
 def unpack_conditioning(conditioning):
     """Modulation [6, B, D] and context [L, B, D] of `pack_conditioning`."""
-    return conditioning[:NUM_MODULATIONS], conditioning[NUM_MODULATIONS:]
+    return conditioning.split((NUM_MODULATIONS, len(conditioning) - NUM_MODULATIONS))
 
 
-def scale_and_shift(tokens, scale, shift):
-    """adaLN: what a norm gives, scaled and shifted by the time of its clip."""
-    return tokens * (1 + scale) + shift
-
-
-def with_vectors_of_clip(function, tokens_SBD, *vectors_BD, pack=None):
-    """function(tokens, *vectors), each token with the vectors [D] of its clip.
+def for_each_clip(function, tokens, vectors_BD, pack=None):
+    """function(*tokens, *vectors): all tokens [S, B, D] with the vectors [B, D] of their clips.
 
     In a pack tokens are [S, 1, D] of clips one after the other: cut, computed and joined. To look the vectors
     up for every token would keep as much as the tokens take, and sum gradients in no fixed order on a GPU.
     """
     if pack is None:
-        return function(tokens_SBD, *vectors_BD)
-    clips = zip(tokens_SBD.split(pack.own_lengths), *vectors_BD, strict=True)
-    return torch.cat([function(*tokens_and_vectors) for tokens_and_vectors in clips])
+        return function(*tokens, *vectors_BD)
+    clips = zip(*(x_SBD.split(pack.own_lengths) for x_SBD in tokens), *vectors_BD, strict=True)
+    return torch.cat([function(*of_clip) for of_clip in clips])
 
 
 class VideoLayer(TransformerLayer):
@@ -92,15 +88,14 @@ class VideoLayer(TransformerLayer):
         modulation_6BD, text_LBD = unpack_conditioning(context)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation_6BD + self.modulation_bias.unsqueeze(1)
         pack = packed_seq_params
-        of_clip = functools.partial(with_vectors_of_clip, pack=pack)
 
         hidden = hidden_states + rotary_pos_emb
         attended, _ = self.self_attention(
-            of_clip(scale_and_shift, self.input_layernorm(hidden), scale1, shift1),
+            for_each_clip(self.input_layernorm, (hidden,), (scale1, shift1), pack),
             attention_mask=None,
             packed_seq_params=pack,
         )
-        hidden = hidden + of_clip(torch.mul, attended, gate1)
+        hidden = for_each_clip(self._gated_sum, (hidden, attended), (gate1,), pack)
         from_text, _ = self.cross_attention(
             self.pre_cross_attn_layernorm(hidden),
             attention_mask=context_mask,
@@ -108,18 +103,21 @@ class VideoLayer(TransformerLayer):
             packed_seq_params=pack,
         )
         hidden = hidden + from_text
-        feed_forward = functools.partial(self._feed_forward, of_clip)
         if self.recompute_mlp:
-            branch = tensor_parallel.checkpoint(feed_forward, False, hidden, shift2, scale2, gate2)
+            with_pack = functools.partial(self._feed_forward, pack)
+            hidden = tensor_parallel.checkpoint(with_pack, False, hidden, shift2, scale2, gate2)
         else:
-            branch = feed_forward(hidden, shift2, scale2, gate2)
-        return hidden + branch, context
+            hidden = self._feed_forward(pack, hidden, shift2, scale2, gate2)
+        return hidden, context
 
-    def _feed_forward(self, of_clip, hidden, shift, scale, gate):
+    def _feed_forward(self, pack, hidden, shift, scale, gate):
         """The branch that `recompute = selective` computes again: its ffn-wide activations are the largest of
         a layer, and beside attention over 73K tokens its FLOPs are few."""
-        mixed, _ = self.mlp(of_clip(scale_and_shift, self.pre_mlp_layernorm(hidden), scale, shift))
-        return of_clip(torch.mul, mixed, gate)
+        mixed, _ = self.mlp(for_each_clip(self.pre_mlp_layernorm, (hidden,), (scale, shift), pack))
+        return for_each_clip(self._gated_sum, (hidden, mixed), (gate,), pack)
+
+    def _gated_sum(self, hidden, branch, gate_BD):
+        return fused.gated_sum(hidden, branch, gate_BD, self.config.compiles)
 
 
 class RMSNorm(nn.Module):
@@ -127,12 +125,29 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config, hidden_size, eps=1e-5, **_):
         super().__init__()
-        self.eps = eps
+        self.eps, self.compiles = eps, config.compiles
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         sum_gradient_over_sequence_ranks([self.weight], config)
 
     def forward(self, x):
-        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return fused.rms_norm(x, self.weight, self.eps, self.compiles)
+
+
+class ModulatedNorm(RMSNorm):
+    """RMSNorm, then adaLN: what it gives, scaled and shifted by the time of its clip."""
+
+    def forward(self, x_SBD, scale_BD, shift_BD):
+        return fused.norm_modulate(x_SBD, self.weight, scale_BD, shift_BD, self.eps, self.compiles)
+
+
+class SwiGlu(nn.Module):
+    """The local spec's; with Transformer Engine megatron compiles its own."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, gate_value):
+        return fused.swiglu(gate_value)
 
 
 def with_whole_input(column_linear):
@@ -153,12 +168,14 @@ def with_whole_input(column_linear):
 
 def local_spec(size):
     """Plain torch and megatron's own parallel linears: CPU, tests, reference."""
-    return _spec(size, RMSNorm, ColumnParallelLinear, RowParallelLinear, LocalAttention)
+    activation = SwiGlu if size.gated_ffn else None
+    return _spec(size, RMSNorm, Column, Row, LocalAttention, activation)
 
 
 def transformer_engine_spec(size):
     """Transformer Engine's norms, linears (FP8) and cuDNN self-attention. Text attention stays with torch:
-    0.5% of the FLOPs, and Transformer Engine's context parallelism would split its keys."""
+    0.5% of the FLOPs, and Transformer Engine's context parallelism would split its keys. So do the norms that
+    are modulated: its own would keep what it gives for the modulation's gradient."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
@@ -169,11 +186,11 @@ def transformer_engine_spec(size):
     return _spec(size, TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
 
 
-def _spec(size, norm, column, row, self_core):
+def _spec(size, norm, column, row, self_core, activation=None):
     qk_norm = norm if size.qk_norm else None
     no_mask = {"attn_mask_type": AttnMaskType.no_mask}
     layer = TransformerLayerSubmodules(
-        input_layernorm=norm,
+        input_layernorm=ModulatedNorm,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params=no_mask,
@@ -196,8 +213,11 @@ def _spec(size, norm, column, row, self_core):
                 linear_proj=row,
             ),
         ),
-        pre_mlp_layernorm=norm,
-        mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+        pre_mlp_layernorm=ModulatedNorm,
+        mlp=ModuleSpec(
+            module=MLP,
+            submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation),
+        ),
     )
     layer_spec = ModuleSpec(module=VideoLayer, submodules=layer)
     return TransformerBlockSubmodules(layer_specs=[layer_spec] * size.num_layers, layer_norm=norm)

@@ -51,8 +51,8 @@ RECOMPUTE = {
 """Megatron's settings for each `layout.recompute`.
 
 What a layer keeps of each token of its rank, in hidden states (measured: tests/parallel/test_context.py, with
-the 30B model's proportions and tensor 1): 32.4 without recomputation, 15.0 selective, 1.0 full; over two
-context ranks 37.4, 16.0 and 1.0. What that costs: nothing, the feed-forward (a fifth of the forward FLOPs at
+the 30B model's proportions and tensor 1): 21.0 without recomputation, 11.0 selective, 1.0 full; over two
+context ranks 26.0, 12.0 and 1.0. What that costs: nothing, the feed-forward (a fifth of the forward FLOPs at
 73K tokens) and the gathers again, the whole forward pass. A pack keeps one or two more without recomputation
 and with selective: what attention gives, clip by clip and joined (test_packed.py).
 """
@@ -64,10 +64,16 @@ class VideoConfig(TransformerConfig):
 
     size: TransformerSize = field(kw_only=True)
     uses_transformer_engine: bool = field(default=False, kw_only=True)
+    compiles: bool = field(default=False, kw_only=True)
+    """Whether element-wise work goes through torch.compile (fused.py)."""
 
 
-def video_config(size, layout, precision, *, bf16_layers=0, uses_transformer_engine=False) -> VideoConfig:
+def video_config(
+    size, layout, precision, *, bf16_layers=0, uses_transformer_engine=False, compiles=False
+) -> VideoConfig:
     """Megatron's configuration of a `TransformerSize` under a `Layout` in a precision of precision.py.
+
+    `compiles` sends element-wise work through torch.compile (fused.py).
 
     ValueError where `layout.context_comm` or FP8 needs Transformer Engine and the model is built without it.
     """
@@ -85,6 +91,7 @@ def video_config(size, layout, precision, *, bf16_layers=0, uses_transformer_eng
     return VideoConfig(
         size=size,
         uses_transformer_engine=uses_transformer_engine,
+        compiles=compiles,
         num_layers=size.num_layers,
         hidden_size=size.width,
         ffn_hidden_size=size.ffn_width,
@@ -113,6 +120,7 @@ def video_config(size, layout, precision, *, bf16_layers=0, uses_transformer_eng
         gradient_accumulation_fusion=False,  # needs NVIDIA Apex outside Transformer Engine's linears
         bias_activation_fusion=uses_transformer_engine
         and size.gated_ffn,  # megatron's fused GELU wants a bias
+        use_te_activation_func=not uses_transformer_engine and size.gated_ffn,  # SwiGlu of layer.py
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **RECOMPUTE[layout.recompute],

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import tiny
 import torch.distributed as dist
-from random_latents import write_random_latents
 from ranks import run_on_ranks
 
+from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
 from nemo_moviegen.stopping import Stopped
 

@@ -5,9 +5,9 @@ import os
 from dataclasses import replace
 
 import pytest
-from random_latents import write_random_latents
 
 from nemo_moviegen.cluster import Cluster
+from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.planning.plan import make_plan
 from nemo_moviegen.recipe import LatentData, Optim, VideoRecipe

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_latents import write_random_latents
 
 import recipes
 from nemo_moviegen.cluster import Cluster, placed
+from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.sizes import VIDEO_TINY
 from parallel.runs import train_on_ranks
 from recipes import tiny

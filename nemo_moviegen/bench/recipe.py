@@ -1,0 +1,278 @@
+"""`moviegen bench RECIPE`: the recipe's own training steps, timed, with what takes them and what they could
+take.
+
+The run is `training.run.train`, with its loader, guard and metrics, on latents of noise of the recipe's
+largest shape. First steps warm up, then come those that are timed, from the end of one to the end of the
+next, and last some under torch's profiler, which slows them: of those only the shares are used.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import statistics
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from nemo_moviegen.bench.measure import environment, write_json
+from nemo_moviegen.bench.roofline import ceiling_here, work_of
+from nemo_moviegen.cluster import placed
+from nemo_moviegen.data.random_latents import write_random_latents
+from nemo_moviegen.planning.plan import make_plan
+from nemo_moviegen.planning.share import share_of
+from nemo_moviegen.recipe import METRICS_FILE, TaeRecipe, recipe_yaml
+from nemo_moviegen.utilisation import counting_error, step_flops
+
+_TEXT_TOKENS = 128
+"""Of a prompt in each encoder but ByT5, if it takes so many: a caption of 100 words."""
+_LEAST_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watched:
+    """What one rank saw of its run."""
+
+    step_seconds: list[float]
+    """Of the timed steps."""
+    components: dict[str, float]
+    """Seconds of a profiled step by component."""
+
+
+def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, output=None, log=print):
+    """Run it on the ranks this process is one of, in `folder`, which all of them see and which is emptied.
+
+    Rank 0 tells a table and lines, writes the JSON `output` and returns what `found_of` does; others None.
+
+    ValueError for an autoencoder, and for numbers of steps that time nothing.
+    """
+    if isinstance(recipe, TaeRecipe):
+        raise ValueError(f"{recipe.name} trains an autoencoder: use moviegen bench tae")
+    if min(steps, warm_up, profiled) < 1:
+        raise ValueError(f"steps {steps}, warm-up {warm_up}, profiled {profiled}: use 1 or more of each")
+    rank, folder = int(os.environ.get("RANK", 0)), Path(folder)
+    run = as_benched(recipe, cluster, folder, num_steps=warm_up + steps + profiled)
+    # all ranks of a torchrun have its id; a folder of an earlier run has another's
+    ready = folder / f"ready-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
+    if rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        _write_latents(run)
+        ready.touch()
+    _wait_for(ready)
+    watched = _run(run, warm_up, steps)
+    if rank:
+        return None
+    shutil.rmtree(run.data.folder)  # may be gigabytes of noise
+    lines = Path(run.output, METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines][warm_up : warm_up + steps]
+    found = found_of(recipe, cluster, watched, metrics)
+    for part in told(found):
+        log(part)
+    if output:
+        write_json(output, found)
+    return found
+
+
+def as_benched(recipe, cluster, folder, num_steps):
+    """The recipe for so many steps of its largest clips (of images, if it has no others), writing and reading
+    in `folder` alone, without checkpoints, validation and samples."""
+    only_images = recipe.data.image_every == 1 or recipe.latent_frames == 1
+    data = replace(recipe.data, folder=str(folder / "latents"), buckets="", image_every=int(only_images))
+    return replace(
+        placed(recipe, cluster),
+        data=data,
+        output=str(folder / "run"),
+        init_from="",
+        num_steps=num_steps,
+        save_every=10**9,
+        optim=replace(recipe.optim, decay="constant"),
+        validation=replace(recipe.validation, every=0),
+        progress=replace(recipe.progress, samples_every=0, wandb_project=""),
+    )
+
+
+def found_of(recipe, cluster, watched, metrics) -> dict:
+    """Everything as plain values; `mfu` is None where the hardware's peak is not known."""
+    frames = 1 if recipe.data.image_every == 1 else recipe.latent_frames
+    shape = (frames, recipe.latent_height, recipe.latent_width)
+    ranks, microbatches = cluster.num_ranks, recipe.num_microbatches(cluster.num_ranks)
+    samples = recipe.images_per_step if frames == 1 else recipe.global_batch
+    text = _text(recipe.size)
+    share = share_of(recipe, ranks, cluster.accelerator, latent_shape=shape, text=text)
+    share = replace(share, micro_batch=share.micro_batch * samples // recipe.global_batch)
+    model, again = step_flops(recipe.size, {shape: samples}, recipe.layout.recompute, text)
+    seconds, ceiling = statistics.median(watched.step_seconds), ceiling_here(recipe.precision)
+    tflops = model / seconds / ranks / 1e12
+    mfu = tflops / ceiling.tflops if ceiling.is_published else None
+    hfu = mfu and mfu * (model + again) / model
+    facts = environment("megatron-core", "nemo-toolkit", "transformer-engine")
+    plan = make_plan(recipe, cluster, text=text)
+    return {
+        "recipe": recipe.name,
+        "cluster": cluster.name,
+        "environment": facts | {"hash": _hash(facts, recipe)},
+        "layout": asdict(recipe.layout) | {"data": recipe.layout.data_parallel(ranks)},
+        "precision": recipe.precision,
+        "ranks": ranks,
+        "latent_shape": list(shape),
+        "samples": samples,
+        "tokens_of_a_sample": share.tokens,
+        "text_tokens": text,
+        "step_seconds": {
+            "median": seconds,
+            "least": min(watched.step_seconds),
+            "most": max(watched.step_seconds),
+            "steps": len(watched.step_seconds),
+        },
+        "tokens_per_second_per_rank": samples * share.tokens / seconds / ranks,
+        "model_tflops_per_rank": tflops,
+        "mfu": mfu,
+        "hfu": hfu,
+        "why_no_mfu": "" if mfu else f"the dense peak of {ceiling.name} is not in planning/hardware.py",
+        "counting_error": counting_error(hfu) if hfu else "",
+        "data_wait": statistics.median(line["speed/data_wait"] for line in metrics),
+        "memory": {name: metrics[-1][name] for name in metrics[-1] if name.startswith("memory/")},
+        "planned_peak_gib": plan.memory.peak_bytes / 2**30,
+        "ceiling": asdict(ceiling),
+        "components": _components(watched.components, work_of(share, shape, microbatches), ceiling, seconds),
+        "predicted_step_seconds": plan.iterations[0].step and plan.iterations[0].step.seconds,
+    }
+
+
+def told(found):
+    """What a terminal shows of `found_of`: lines and a table."""
+    from rich.table import Table
+
+    step, layout = found["step_seconds"], found["layout"]
+    yield (
+        f"{found['recipe']} on {found['cluster']}: {found['ranks']} ranks, TP{layout['tensor']} "
+        f"CP{layout['context']} DP{layout['data']}, {found['precision']}; {found['samples']} x "
+        f"{found['tokens_of_a_sample']:,} tokens a step\n{found['ceiling']['name']}, environment "
+        f"{found['environment']['hash']}"
+    )
+    table = Table(title="where a step goes, first rank", title_justify="left")
+    table.add_column("component")
+    for heading in ("ms", "share", "least ms", "bound by", "of its bound"):
+        table.add_column(heading, justify="right")
+    for name, row in found["components"].items():
+        bound = row["bound_seconds"]
+        table.add_row(
+            name,
+            f"{row['seconds'] * 1e3:,.1f}",
+            f"{row['share']:.1%}",
+            *(
+                ["-"] * 3
+                if bound is None
+                else [f"{bound * 1e3:,.1f}", row["bound_by"], f"{row['of_bound']:.0%}"]
+            ),
+        )
+    yield table
+    ceiling = found["ceiling"]
+    source = "data sheet" if ceiling["is_published"] else "measured here"
+    yield f"ceilings ({source}): {ceiling['tflops']:.3g} TFLOP/s, {ceiling['gbyte_s']:,.0f} GB/s"
+    yield (
+        f"step {step['median']:.3f} s (median of {step['steps']}, {step['least']:.3f} to "
+        f"{step['most']:.3f}), {found['tokens_per_second_per_rank']:,.0f} tokens/s a rank, "
+        f"{found['model_tflops_per_rank']:.3g} TFLOP/s of the model's, data awaited {found['data_wait']:.1%}"
+    )
+    if found["mfu"] is None:
+        yield f"no MFU: {found['why_no_mfu']}"
+    else:
+        yield f"MFU {found['mfu']:.1%}, HFU {found['hfu']:.1%}"
+    if found["counting_error"]:
+        yield found["counting_error"]
+    if found["predicted_step_seconds"]:
+        yield f"predicted: {found['predicted_step_seconds']:.3f} s"
+    memory = ", ".join(f"{name.removeprefix('memory/')} {gib:.2f}" for name, gib in found["memory"].items())
+    yield f"memory: {memory}; planned {found['planned_peak_gib']:.2f} GiB of tensors"
+
+
+def _components(profiled, work, ceiling, step_seconds):
+    """Rows by component. What the profiler saw is scaled to the steps that it did not slow."""
+    total = sum(profiled.values())
+    rows = {}
+    for name, seconds in profiled.items():
+        row = {"seconds": seconds / total * step_seconds, "share": seconds / total}
+        bound = work[name].bound(ceiling) if name in work else None
+        row |= {"bound_seconds": bound, "bound_by": None, "of_bound": None}
+        if bound:
+            by_flops = work[name].flops / ceiling.tflops / 1e12 >= bound
+            row |= {"bound_by": "FLOPs" if by_flops else "bytes", "of_bound": bound / row["seconds"]}
+            row |= {"flops": work[name].flops, "bytes": work[name].bytes_}
+        rows[name] = row
+    return rows
+
+
+def _run(recipe, warm_up, steps) -> Watched:
+    import lightning.pytorch as pl
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from nemo_moviegen.bench.components import seconds_by_component, watch_scopes
+    from nemo_moviegen.training.run import train
+
+    ends, stack = [], contextlib.ExitStack()
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            ends.append(time.perf_counter())
+            if len(ends) != warm_up + steps:
+                return
+            model = module.module
+            while hasattr(model, "module"):  # megatron's wrappers
+                model = model.module
+            stack.enter_context(watch_scopes(model, trainer.optimizers[0].mcore_optimizer))
+            on = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            self.profile = stack.enter_context(profile(activities=on))
+
+        def on_train_end(self, trainer, module):
+            stack.close()
+
+    watch = Watch()
+    with stack:
+        train(recipe, also=[watch])
+    profiled, components = len(ends) - warm_up - steps, seconds_by_component(watch.profile.events())
+    timed = itertools.pairwise(ends[warm_up - 1 : warm_up + steps])
+    return Watched(
+        step_seconds=[end - start for start, end in timed],
+        components={name: seconds / profiled for name, seconds in components.items()},
+    )
+
+
+def _write_latents(recipe):
+    """Latents of noise of the recipe's largest shape, as few as its batches can be made of."""
+    frames = 1 if recipe.data.image_every == 1 else recipe.latent_frames
+    samples = recipe.images_per_step if frames == 1 else recipe.global_batch
+    write_random_latents(
+        recipe.data.folder,
+        recipe.size,
+        max(samples, _LEAST_SAMPLES),
+        np.random.default_rng(0),
+        shapes=((frames, recipe.latent_height, recipe.latent_width),),
+        images=False,
+        num_tokens=_text(recipe.size),
+    )
+
+
+def _wait_for(path, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"{path} did not appear in {seconds} s: rank 0 writes it, so do all nodes see it?"
+            )
+        time.sleep(0.1)
+
+
+def _text(size):
+    return {c.name: 0 if c.name == "byt5" else min(_TEXT_TOKENS, c.max_tokens) for c in size.contexts}
+
+
+def _hash(facts, recipe):
+    """Of what a figure depends on: machine, versions, recipe."""
+    kept = {name: value for name, value in facts.items() if name not in ("time", "load")}
+    return hashlib.sha256(json.dumps([kept, recipe_yaml(recipe)]).encode()).hexdigest()[:12]
