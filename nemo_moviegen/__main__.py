@@ -135,25 +135,17 @@ def plan_command(options):
 def train_command(options):
     """Train a recipe: on this machine, or as one of the ranks a launcher started."""
     from nemo_moviegen.launch import launch
-    from nemo_moviegen.recipe import override
-    from nemo_moviegen.tables import find_recipe
 
-    recipe = override(find_recipe(options.recipe), options.settings)
-    if options.cluster:
-        recipe = replace(recipe, cluster=options.cluster)
-    return launch(recipe, debug=options.debug)
+    return launch(_recipe(options.recipe, options), debug=options.debug)
 
 
 def submit_command(options):
     """Check a recipe and hand it to SLURM."""
     from nemo_moviegen.cluster import read_cluster
-    from nemo_moviegen.recipe import override
     from nemo_moviegen.submit import make_job, submit, summary
-    from nemo_moviegen.tables import find_recipe, show_pairs
+    from nemo_moviegen.tables import show_pairs
 
-    recipe = override(find_recipe(options.recipe), options.settings)
-    if options.cluster:
-        recipe = replace(recipe, cluster=options.cluster)
+    recipe = _recipe(options.recipe, options)
     job = make_job(
         recipe,
         read_cluster(recipe.cluster),
@@ -295,17 +287,13 @@ def bench_command(options):
 
 def _bench_recipe(options, log):
     from nemo_moviegen.cluster import read_cluster
-    from nemo_moviegen.launch import check_run, start_ranks
-    from nemo_moviegen.recipe import override
-    from nemo_moviegen.tables import find_recipe
+    from nemo_moviegen.launch import check_run, must_start_ranks, start_ranks
 
-    recipe = override(find_recipe(options.what), options.settings)
-    if options.cluster:
-        recipe = replace(recipe, cluster=options.cluster)
+    recipe = _recipe(options.what, options)
     cluster = read_cluster(recipe.cluster)
     check_run(recipe, cluster)
     numbers = {"steps": options.steps, "warm_up": options.warm_up, "profiled": options.profiled}
-    if "WORLD_SIZE" not in os.environ and cluster.num_ranks > 1:
+    if must_start_ranks(cluster, "start it on every node with torchrun"):
         given = {"--folder": options.folder, "--json": options.json} | {
             f"--{name.replace('_', '-')}": str(number) for name, number in numbers.items()
         }
@@ -368,6 +356,15 @@ COMMANDS = {
     "bench": bench_command,
     "report": report_command,
 }
+
+
+def _recipe(name, options):
+    """The recipe of that name with the settings and the cluster that were asked for."""
+    from nemo_moviegen.recipe import override
+    from nemo_moviegen.tables import find_recipe
+
+    recipe = override(find_recipe(name), options.settings)
+    return replace(recipe, cluster=options.cluster) if options.cluster else recipe
 
 
 def _is_users_mistake(error) -> bool:

@@ -11,7 +11,6 @@ parallel layout, after a resume, and for every dtype of the model.
 Axes: B clips, T latent frames, C channels, H W height and width.
 """
 
-import functools
 import hashlib
 import itertools
 import math
@@ -41,10 +40,10 @@ def draw_noise(shape_TCHW, seed, sample_ids, epochs, dtype=torch.float32, purpos
     is one product of an integer and a constant (ziggurat), the same on every kind of CPU. A latent of 73,728
     tokens takes 60 ms of one core: 0.6% of a step of 10 s. ValueError if there is not one epoch a sample.
     """
-    streams = _streams(seed, _sample_keys(sample_ids, epochs), purpose)
-    noise_BTCHW = torch.empty(len(streams), *shape_TCHW, dtype=dtype)
-    for row, stream in enumerate(streams):
-        noise_BTCHW[row] = torch.from_numpy(stream().standard_normal(tuple(shape_TCHW)))
+    keys = _sample_keys(sample_ids, epochs)
+    noise_BTCHW = torch.empty(len(keys), *shape_TCHW, dtype=dtype)
+    for row, generator in enumerate(_sample_generators(seed, keys, purpose)):
+        noise_BTCHW[row] = torch.from_numpy(generator.standard_normal(tuple(shape_TCHW)))
     return noise_BTCHW
 
 
@@ -54,8 +53,9 @@ def draw_time(seed, sample_ids, epochs, dtype=torch.float32) -> torch.Tensor:
     A multiple of 2**-32: the last digits of an exponential differ between machines. Ask for float32 or
     float64: bfloat16 has 256 steps below one and may round up to it.
     """
-    streams = _streams(seed, _sample_keys(sample_ids, epochs), "time")
-    times = [round(2**32 / (1 + math.exp(-stream().standard_normal()))) / 2**32 for stream in streams]
+    generators = _sample_generators(seed, _sample_keys(sample_ids, epochs), "time")
+    logits = (generator.standard_normal() for generator in generators)
+    times = [round(2**32 / (1 + math.exp(-logit))) / 2**32 for logit in logits]
     return torch.tensor(times, dtype=torch.float64).to(dtype)
 
 
@@ -158,20 +158,19 @@ def _key(seed, sample_id, epoch, purpose):
     return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest(), "little")
 
 
-def _streams(seed, keys, purpose):
-    """A function for each (sample id, epoch) that gives what `sample_generator` does, to be used before the
-    next is called: one generator, set anew. A fresh one asks the system for entropy that its key replaces,
-    15 microseconds that the loader's thread takes from the one that trains."""
+def _sample_generators(seed, keys, purpose):
+    """`sample_generator` of each (sample id, epoch), to be used before the next is taken: one, set anew.
+
+    A fresh one asks the system for entropy that its key replaces, 15 microseconds that the loader's thread
+    takes from the one that trains.
+    """
     generator = np.random.Generator(np.random.Philox(key=0))
     state = generator.bit_generator.state
-
-    def start(key):
+    for key in keys:
         number = _key(seed, *key, purpose)
         state["state"]["key"][:] = number % 2**64, number >> 64
         generator.bit_generator.state = state
-        return generator
-
-    return [functools.partial(start, key) for key in keys]
+        yield generator
 
 
 def _sample_keys(sample_ids, epochs):

@@ -30,21 +30,12 @@ def launch(recipe, debug=False) -> int:
     cluster = read_cluster(recipe.cluster)
     check_run(recipe, cluster)
     here = placed(recipe, cluster)
-    started = int(os.environ.get("WORLD_SIZE", 0))
-    if not started and cluster.nodes > 1:
-        raise ValueError(
-            f"cluster {cluster.name} has {cluster.nodes} nodes, this is one process: submit "
-            f"it with moviegen submit {recipe.name} --cluster {recipe.cluster}, or name a smaller cluster"
-        )
+    how = f"submit it with moviegen submit {recipe.name} --cluster {recipe.cluster}"
+    starts = must_start_ranks(cluster, how)
     check_inputs(here)
-    if not started and cluster.num_ranks > 1:
+    if starts:
         command = ["train", *(["--debug"] if debug else [])]
         return start_ranks(recipe, here.output, cluster, command)
-    if started and started != cluster.num_ranks:
-        raise ValueError(
-            f"cluster {cluster.name} has {cluster.num_ranks} ranks, {started} were started: start "
-            f"{cluster.nodes} nodes of {cluster.ranks_per_node}, or name a cluster of {started}"
-        )
     try:
         _train(here)
     except Stopped as stopped:
@@ -52,6 +43,26 @@ def launch(recipe, debug=False) -> int:
             print(f"moviegen: {stopped}", file=sys.stderr, flush=True)
         return stopped.code
     return 0
+
+
+def must_start_ranks(cluster, how) -> bool:
+    """Whether this process has to start the cluster's ranks, and is not one of them.
+
+    ValueError where another number was started, or where none was and they are on several nodes; `how` says
+    what starts them there.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 0))
+    if not started and cluster.nodes > 1:
+        raise ValueError(
+            f"cluster {cluster.name} has {cluster.nodes} nodes, this is one process: {how}, or name a "
+            "smaller cluster"
+        )
+    if started and started != cluster.num_ranks:
+        raise ValueError(
+            f"cluster {cluster.name} has {cluster.num_ranks} ranks, {started} were started: start "
+            f"{cluster.nodes} nodes of {cluster.ranks_per_node}, or name a cluster of {started}"
+        )
+    return not started and cluster.num_ranks > 1
 
 
 def check_run(recipe, cluster):

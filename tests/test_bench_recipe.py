@@ -16,6 +16,7 @@ from nemo_moviegen.cluster import Cluster, read_cluster
 from nemo_moviegen.flops import forward_flops
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.planning.hardware import H100
+from nemo_moviegen.planning.plan import make_plan
 from nemo_moviegen.planning.share import share_of
 from nemo_moviegen.sizes import VIDEO_TINY
 from nemo_moviegen.training.cpu import stand_in_for_cuda
@@ -37,7 +38,8 @@ def found_with(monkeypatch, ceiling, seconds, cluster=HERE, **changes):
 
     monkeypatch.setattr(bench, "ceiling_here", lambda precision: ceiling)
     watched = Watched(step_seconds=[seconds] * 3, components=dict.fromkeys(components.COMPONENTS, 1.0))
-    return found_of(recipe(**changes), cluster, watched, [{"speed/data_wait": 0.0, "memory/peak_gib": 1.0}])
+    made, metrics = recipe(**changes), [{"speed/data_wait": 0.0, "memory/peak_gib": 1.0}]
+    return found_of(made, make_plan(made, cluster, text=TEXT), watched, metrics)
 
 
 def profiled_components(size):

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from nemo_moviegen import __main__ as cli
 from nemo_moviegen.cluster import Cluster, read_cluster
 from nemo_moviegen.flops import parameters, train_flops
 from nemo_moviegen.layout import CHOICES, Layout
-from nemo_moviegen.planning import published, told
+from nemo_moviegen.planning import published
 from nemo_moviegen.planning.plan import make_plan
 from nemo_moviegen.planning.search import memory_problem, search, why
 from nemo_moviegen.planning.seconds import link
@@ -80,7 +80,7 @@ def test_predictions_are_not_what_was_published_but_follow_from_the_layout():
 def test_every_recipe_fits_the_cluster_it_names(name):
     plan = planned(name)
     assert plan.fits and plan.num_microbatches >= 1
-    assert sum(told.bytes_by_part(plan.memory).values()) == pytest.approx(plan.memory.device_bytes)
+    assert sum(asdict(plan.memory).values()) == pytest.approx(plan.memory.device_bytes)
 
 
 def test_the_parts_of_a_step_sum_to_it_and_speed_follows_from_it():

@@ -5,14 +5,21 @@ parameters as ours within a twentieth; diffusers' models as they run by default,
 put 4 frames in a latent and ours 8: what is compared are pixel frames a second.
 """
 
-import resource
 import statistics
 import time
 
 import psutil
 import torch
 
-from nemo_moviegen.bench.measure import environment, measure, summarise, write_json
+from nemo_moviegen.bench.measure import (
+    empty_table,
+    environment,
+    growth_mib,
+    measure,
+    summarise,
+    with_failures,
+    write_json,
+)
 from nemo_moviegen.sizes import AutoencoderSize
 
 PARTS = ("production", "small", "long")
@@ -122,9 +129,8 @@ def bench_long(case) -> dict:
 def models_table(title, found):
     """A rich table of what `bench_models` found."""
     size = f"{found['frames']} frames of {found['size_px']} px"
-    made = _table(f"autoencoders, {title}: {size}, {found['rounds']} rounds", "way")
-    for heading in ("params", "latent", "frames/s", "encode", "decode", "CPU ms", "peak MiB", "ratio"):
-        made.add_column(heading, justify="right")
+    headings = ("params", "latent", "frames/s", "encode", "decode", "CPU ms", "peak MiB", "ratio")
+    made = empty_table(f"autoencoders, {title}: {size}, {found['rounds']} rounds", "way", *headings)
     for row in found["rows"]:
         made.add_row(
             row["name"],
@@ -137,32 +143,17 @@ def models_table(title, found):
             f"{row['growth_mib']:,.0f}",
             f"{row['ratio']:.2f}",
         )
-    return _with_failures(made, found)
+    return with_failures(made, found["failed"])
 
 
 def long_table(found):
     """A rich table of what `bench_long` found."""
-    made = _table(f"peak MiB over model and clip of {found['size_px']} px, frames let go at once", "way")
+    title = f"peak MiB over model and clip of {found['size_px']} px, frames let go at once"
     lengths = sorted({frames for row in found["growth_mib"].values() for frames in row})
-    for frames in lengths:
-        made.add_column(f"{frames} frames", justify="right")
+    made = empty_table(title, "way", *(f"{frames} frames" for frames in lengths))
     for name, row in found["growth_mib"].items():
         made.add_row(name, *(f"{row[frames]:,.0f}" if frames in row else "-" for frames in lengths))
-    return _with_failures(made, found)
-
-
-def _table(title, first):
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left")
-    made.add_column(first)
-    return made
-
-
-def _with_failures(made, found):
-    for name, reason in found["failed"].items():
-        made.add_row(name, f"did not run: {reason}")
-    return made
+    return with_failures(made, found["failed"])
 
 
 def _passes(make, case):
@@ -186,7 +177,7 @@ def _passes(make, case):
             "latent_channels": latent.shape[3 - frames_dim],
             "encode_seconds": encoded - started,
             "decode_seconds": decoded - encoded,
-            "growth_mib": _growth_mib(before),
+            "growth_mib": growth_mib(before),
         }
 
 
@@ -200,12 +191,7 @@ def _streamed(case, tiling, num_frames):
     before = psutil.Process().memory_info().rss
     latent = encode_tiled(autoencoder, clip, tiling)
     seen = sum(part.shape[1] for part in decode_frames(autoencoder, latent, num_frames, tiling))
-    yield {"samples": 1, "frames": seen, "growth_mib": _growth_mib(before)}
-
-
-def _growth_mib(before):
-    """Of the most that was ever resident in this process, which was started for one way alone."""
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20  # Linux: KiB
+    yield {"samples": 1, "frames": seen, "growth_mib": growth_mib(before)}
 
 
 def _clip(num_frames, size_px):

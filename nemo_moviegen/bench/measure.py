@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
 from dataclasses import dataclass
@@ -77,15 +78,9 @@ def summarise(measured, reference, units=("samples", "frames")) -> list[dict]:
 
 def table(title, rows, failed=()):
     """A rich table of `summarise`'s rows, then a line for each way that could not run, with its reason."""
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left")
     units = [key for key in rows[0] if key.endswith("_per_second")] if rows else []
-    made.add_column("way")
-    for unit in units:
-        made.add_column(unit.replace("_per_second", "/s"), justify="right")
-    for heading in ("CPU ms/sample", "peak MiB", "ratio"):
-        made.add_column(heading, justify="right")
+    rates = [unit.replace("_per_second", "/s") for unit in units]
+    made = empty_table(title, "way", *rates, "CPU ms/sample", "peak MiB", "ratio")
     for row in rows:
         numbers = [f"{row[unit]:,.1f}" for unit in units]
         made.add_row(
@@ -95,9 +90,30 @@ def table(title, rows, failed=()):
             f"{row['peak_mib']:,.0f}",
             f"{row['ratio']:.2f}",
         )
+    return with_failures(made, failed)
+
+
+def empty_table(title, first, *headings):
+    """A rich table of names in the column `first` and numbers in the others."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left")
+    made.add_column(first)
+    for heading in headings:
+        made.add_column(heading, justify="right")
+    return made
+
+
+def with_failures(made, failed):
+    """The table with a line for each way that could not run, {name: reason}."""
     for name in failed:
         made.add_row(name, f"did not run: {failed[name]}")
     return made
+
+
+def growth_mib(before) -> float:
+    """By how many MiB the resident memory of this process exceeded at most `before` bytes since its start."""
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20  # Linux: KiB
 
 
 def environment(*packages) -> dict:

@@ -1,5 +1,4 @@
-"""`moviegen bench RECIPE`: the recipe's own training steps, timed, with what takes them and what they could
-take.
+"""`moviegen bench RECIPE`: the recipe's own training steps, timed and taken apart.
 
 The run is `training.run.train`, with its loader, guard and metrics, on latents of noise of the recipe's
 largest shape. First steps warm up, then come those that are timed, from the end of one to the end of the
@@ -19,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_moviegen.bench.measure import environment, write_json
+from nemo_moviegen.bench.measure import empty_table, environment, write_json
 from nemo_moviegen.bench.roofline import ceiling_here, work_of
 from nemo_moviegen.cluster import placed
 from nemo_moviegen.data.random_latents import write_random_latents
-from nemo_moviegen.planning.plan import make_plan
-from nemo_moviegen.planning.share import share_of
+from nemo_moviegen.planning.plan import IMAGES, kinds_of, make_plan
 from nemo_moviegen.recipe import METRICS_FILE, TaeRecipe, recipe_yaml
-from nemo_moviegen.utilisation import counting_error, step_flops
+from nemo_moviegen.utilisation import counting_error, utilisation
 
 _TEXT_TOKENS = 128
 """Of a prompt in each encoder but ByT5, if it takes so many: a caption of 100 words."""
@@ -54,13 +52,13 @@ def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, ou
         raise ValueError(f"{recipe.name} trains an autoencoder: use moviegen bench tae")
     if min(steps, warm_up, profiled) < 1:
         raise ValueError(f"steps {steps}, warm-up {warm_up}, profiled {profiled}: use 1 or more of each")
-    rank, folder = int(os.environ.get("RANK", 0)), Path(folder)
+    rank, folder, plan = int(os.environ.get("RANK", 0)), Path(folder), _plan(recipe, cluster)
     run = as_benched(recipe, cluster, folder, num_steps=warm_up + steps + profiled)
     # all ranks of a torchrun have its id; a folder of an earlier run has another's
     ready = folder / f"ready-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        _write_latents(run)
+        _write_latents(run, plan.iterations[0])
         ready.touch()
     _wait_for(ready)
     watched = _run(run, warm_up, steps)
@@ -69,7 +67,7 @@ def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, ou
     shutil.rmtree(run.data.folder)  # may be gigabytes of noise
     lines = Path(run.output, METRICS_FILE).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines][warm_up : warm_up + steps]
-    found = found_of(recipe, cluster, watched, metrics)
+    found = found_of(recipe, plan, watched, metrics)
     for part in told(found):
         log(part)
     if output:
@@ -80,8 +78,8 @@ def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, ou
 def as_benched(recipe, cluster, folder, num_steps):
     """The recipe for so many steps of its largest clips (of images, if it has no others), writing and reading
     in `folder` alone, without checkpoints, validation and samples."""
-    only_images = recipe.data.image_every == 1 or recipe.latent_frames == 1
-    data = replace(recipe.data, folder=str(folder / "latents"), buckets="", image_every=int(only_images))
+    every = int(IMAGES in kinds_of(recipe) and len(kinds_of(recipe)) == 1)
+    data = replace(recipe.data, folder=str(folder / "latents"), buckets="", image_every=every)
     return replace(
         placed(recipe, cluster),
         data=data,
@@ -95,41 +93,35 @@ def as_benched(recipe, cluster, folder, num_steps):
     )
 
 
-def found_of(recipe, cluster, watched, metrics) -> dict:
-    """Everything as plain values; `mfu` is None where the hardware's peak is not known."""
-    frames = 1 if recipe.data.image_every == 1 else recipe.latent_frames
-    shape = (frames, recipe.latent_height, recipe.latent_width)
-    ranks, microbatches = cluster.num_ranks, recipe.num_microbatches(cluster.num_ranks)
-    samples = recipe.images_per_step if frames == 1 else recipe.global_batch
-    text = _text(recipe.size)
-    share = share_of(recipe, ranks, cluster.accelerator, latent_shape=shape, text=text)
-    share = replace(share, micro_batch=share.micro_batch * samples // recipe.global_batch)
-    model, again = step_flops(recipe.size, {shape: samples}, recipe.layout.recompute, text)
+def found_of(recipe, plan, watched, metrics) -> dict:
+    """Everything as plain values, of the first kind of iteration of the recipe's `Plan`; `mfu` is None where
+    the hardware's peak is not known."""
+    iteration, ranks = plan.iterations[0], plan.num_ranks
     seconds, ceiling = statistics.median(watched.step_seconds), ceiling_here(recipe.precision)
-    tflops = model / seconds / ranks / 1e12
-    mfu = tflops / ceiling.tflops if ceiling.is_published else None
-    hfu = mfu and mfu * (model + again) / model
+    flops, peak = (iteration.model_flops, iteration.recomputed_flops), ceiling.tflops * ceiling.is_published
+    used = utilisation(*flops, seconds, ranks, peak)
+    mfu, hfu = used.get("speed/mfu"), used.get("speed/hfu")
     facts = environment("megatron-core", "nemo-toolkit", "transformer-engine")
-    plan = make_plan(recipe, cluster, text=text)
+    work = work_of(iteration.share, iteration.shape, plan.num_microbatches)
     return {
         "recipe": recipe.name,
-        "cluster": cluster.name,
+        "cluster": plan.cluster,
         "environment": facts | {"hash": _hash(facts, recipe)},
-        "layout": asdict(recipe.layout) | {"data": recipe.layout.data_parallel(ranks)},
+        "layout": asdict(plan.layout) | {"data": plan.layout.data_parallel(ranks)},
         "precision": recipe.precision,
         "ranks": ranks,
-        "latent_shape": list(shape),
-        "samples": samples,
-        "tokens_of_a_sample": share.tokens,
-        "text_tokens": text,
+        "latent_shape": list(iteration.shape),
+        "samples": iteration.samples,
+        "tokens_of_a_sample": iteration.share.tokens,
+        "text_tokens": iteration.share.text,
         "step_seconds": {
             "median": seconds,
             "least": min(watched.step_seconds),
             "most": max(watched.step_seconds),
             "steps": len(watched.step_seconds),
         },
-        "tokens_per_second_per_rank": samples * share.tokens / seconds / ranks,
-        "model_tflops_per_rank": tflops,
+        "tokens_per_second_per_rank": iteration.tokens / seconds / ranks,
+        "model_tflops_per_rank": used["speed/tflops_per_gpu"],
         "mfu": mfu,
         "hfu": hfu,
         "why_no_mfu": "" if mfu else f"the dense peak of {ceiling.name} is not in planning/hardware.py",
@@ -138,15 +130,13 @@ def found_of(recipe, cluster, watched, metrics) -> dict:
         "memory": {name: metrics[-1][name] for name in metrics[-1] if name.startswith("memory/")},
         "planned_peak_gib": plan.memory.peak_bytes / 2**30,
         "ceiling": asdict(ceiling),
-        "components": _components(watched.components, work_of(share, shape, microbatches), ceiling, seconds),
-        "predicted_step_seconds": plan.iterations[0].step and plan.iterations[0].step.seconds,
+        "components": _components(watched.components, work, ceiling, seconds),
+        "predicted_step_seconds": iteration.step and iteration.step.seconds,
     }
 
 
 def told(found):
     """What a terminal shows of `found_of`: lines and a table."""
-    from rich.table import Table
-
     step, layout = found["step_seconds"], found["layout"]
     yield (
         f"{found['recipe']} on {found['cluster']}: {found['ranks']} ranks, TP{layout['tensor']} "
@@ -154,21 +144,17 @@ def told(found):
         f"{found['tokens_of_a_sample']:,} tokens a step\n{found['ceiling']['name']}, environment "
         f"{found['environment']['hash']}"
     )
-    table = Table(title="where a step goes, first rank", title_justify="left")
-    table.add_column("component")
-    for heading in ("ms", "share", "least ms", "bound by", "of its bound"):
-        table.add_column(heading, justify="right")
+    headings = ("ms", "share", "least ms", "bound by", "of its bound")
+    table = empty_table("where a step goes, first rank", "component", *headings)
     for name, row in found["components"].items():
-        bound = row["bound_seconds"]
+        bound, least = row["bound_seconds"], ["-"] * 3
+        if bound is not None:
+            least = [f"{bound * 1e3:,.1f}", row["bound_by"], f"{row['of_bound']:.0%}"]
         table.add_row(
             name,
             f"{row['seconds'] * 1e3:,.1f}",
             f"{row['share']:.1%}",
-            *(
-                ["-"] * 3
-                if bound is None
-                else [f"{bound * 1e3:,.1f}", row["bound_by"], f"{row['of_bound']:.0%}"]
-            ),
+            *least,
         )
     yield table
     ceiling = found["ceiling"]
@@ -243,16 +229,19 @@ def _run(recipe, warm_up, steps) -> Watched:
     )
 
 
-def _write_latents(recipe):
-    """Latents of noise of the recipe's largest shape, as few as its batches can be made of."""
-    frames = 1 if recipe.data.image_every == 1 else recipe.latent_frames
-    samples = recipe.images_per_step if frames == 1 else recipe.global_batch
+def _plan(recipe, cluster):
+    """With the prompts that `_write_latents` writes."""
+    return make_plan(recipe, cluster, text=_text(recipe.size))
+
+
+def _write_latents(recipe, iteration):
+    """Latents of noise of a planned `Iteration`, as few as its batches can be made of."""
     write_random_latents(
         recipe.data.folder,
         recipe.size,
-        max(samples, _LEAST_SAMPLES),
+        max(iteration.samples, _LEAST_SAMPLES),
         np.random.default_rng(0),
-        shapes=((frames, recipe.latent_height, recipe.latent_width),),
+        shapes=(iteration.shape,),
         images=False,
         num_tokens=_text(recipe.size),
     )

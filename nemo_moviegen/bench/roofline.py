@@ -9,11 +9,8 @@ import torch
 from nemo_moviegen.flops import forward_flops
 from nemo_moviegen.planning.hardware import GPUS
 from nemo_moviegen.planning.weights import held_by_tensor_rank, in_layers
-from nemo_moviegen.planning.work import layer_work
+from nemo_moviegen.planning.work import OPTIMIZER_BYTES, layer_work
 
-OPTIMIZER_BYTES = 34
-"""A parameter's: fp32 weight, gradient and two moments read, three of them written, a bf16 weight written,
-the gradient read for its norm and zeroed."""
 _WHOLE = ("time_embedding", "context_projections", "modulation")  # every rank of a copy computes them
 _CUT = ("patch_embedding", "head")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nemo_moviegen.bench.measure import environment, write_json
+from nemo_moviegen.bench.measure import empty_table, environment, with_failures, write_json
 from nemo_moviegen.bench.turns import in_turns
 from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.recipe import LatentData, Optim, VideoRecipe
@@ -100,16 +100,10 @@ def bench_case(case, turns=12) -> dict:
 
 def steps_table(title, found):
     """A rich table of what `bench_case` found."""
-    from rich.table import Table
-
     what = f"{found['batch']} x {found['tokens']:,} tokens, {found['width']} wide, {found['layers']} layers"
-    made = Table(
-        title=f"training steps, {title}: {what}; {found['turns']} turns of {found['steps_a_turn']} steps"
-    )
-    made.title_justify = "left"
-    made.add_column("way")
-    for heading in ("params", "ms a step", "peak MiB over libraries", "ours / this"):
-        made.add_column(heading, justify="right")
+    title = f"training steps, {title}: {what}; {found['turns']} turns of {found['steps_a_turn']} steps"
+    headings = ("params", "ms a step", "peak MiB over libraries", "ours / this")
+    made = empty_table(title, "way", *headings)
     for row in found["rows"]:
         made.add_row(
             row["name"],
@@ -118,9 +112,7 @@ def steps_table(title, found):
             f"{row['growth_mib']:,.0f}",
             "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
         )
-    for name, reason in found["failed"].items():
-        made.add_row(name, f"did not run: {reason}")
-    return made
+    return with_failures(made, found["failed"])
 
 
 def _medians(turns):
@@ -140,8 +132,10 @@ def _ours(case, folder, turn):
     from nemo_moviegen.training.run import train
 
     class TakesTurns(pl.Callback):
-        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        def on_train_start(self, trainer, module):
             turn.facts = {"parameters": sum(parameter.numel() for parameter in module.parameters())}
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
             trainer.should_stop = not turn.step_done()
 
     frames, height, width = case["latent_shape"]

@@ -6,11 +6,12 @@ their times within a turn say what they differ by.
 """
 
 import multiprocessing
-import resource
 import time
 from dataclasses import dataclass
 
 import psutil
+
+from nemo_moviegen.bench.measure import growth_mib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,6 @@ def _work(way, pipe, steps):
     turn = Turn(pipe, steps)
     try:
         way(turn)
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux: KiB
-        pipe.send(((most - before) / 2**20, turn.facts))
+        pipe.send((growth_mib(before), turn.facts))
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}"[:300])

@@ -1,5 +1,6 @@
 """The page of a plan: one HTML file with bars of memory and time, and the layouts that fit."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from nemo_moviegen.pages import render
@@ -13,7 +14,7 @@ from nemo_moviegen.planning.screen import (
     time_lines,
 )
 from nemo_moviegen.planning.search import why_not
-from nemo_moviegen.planning.told import MEMORY, TIME, bytes_by_part, describe, parameters_of_first
+from nemo_moviegen.planning.told import MEMORY, TIME, describe, parameters_of_first
 
 TEMPLATE = "plan.html.j2"
 
@@ -31,7 +32,7 @@ def write_page(path, plan, found, top) -> Path:
         cards=_cards(plan),
         problem=why_not(found),
         unit=unit,
-        memory=_bars(bytes_by_part(plan.memory), MEMORY, unit_bytes, whole),
+        memory=_bars(asdict(plan.memory), MEMORY, unit_bytes, whole),
         limit=100 * plan.memory_limit_bytes / whole,
         limit_gib=f"{plan.memory_limit_bytes / GIB:.0f}",
         time=_bars(plan.seconds_by_part(), TIME, 1.0, plan.step_seconds),

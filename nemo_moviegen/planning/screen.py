@@ -1,8 +1,10 @@
 """What `moviegen plan` prints: rich tables with bars."""
 
+from dataclasses import asdict
+
 from nemo_moviegen.planning.memory import GIB
 from nemo_moviegen.planning.search import why_not
-from nemo_moviegen.planning.told import MEMORY, TIME, bytes_by_part, describe
+from nemo_moviegen.planning.told import MEMORY, TIME, describe
 
 _WIDTH = 24
 SEARCH_COLUMNS = (
@@ -123,7 +125,7 @@ def batch_line(plan) -> str:
 
 def _memory_table(plan):
     unit, unit_bytes = memory_unit(plan)
-    table, parts = _table("memory", unit, "", "what"), bytes_by_part(plan.memory)
+    table, parts = _table("memory", unit, "", "what"), asdict(plan.memory)
     largest = max(parts.values())
     for name, value in parts.items():
         if value:

@@ -7,12 +7,12 @@ the recipe has it.
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from nemo_moviegen.layout import CHOICES
 from nemo_moviegen.planning.memory import GIB
 from nemo_moviegen.planning.plan import IMAGES, Plan, fits_on, kinds_of, make_plan
-from nemo_moviegen.planning.told import bytes_by_part, changes_to, describe
+from nemo_moviegen.planning.told import changes_to, describe
 from nemo_moviegen.settings import override
 
 MOST_RANKS = 64
@@ -92,7 +92,7 @@ def why_not(found) -> str:
     asked, memory = found.asked, found.asked.memory
     if asked.fits:
         return ""
-    largest = sorted(bytes_by_part(memory).items(), key=lambda item: -item[1])[:3]
+    largest = sorted(asdict(memory).items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {value / GIB:.1f}" for name, value in largest)
     said = (
         f"{asked.recipe} with {describe(asked)} needs {memory.device_bytes / GIB:.1f} GiB a rank, "

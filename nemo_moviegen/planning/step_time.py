@@ -10,7 +10,7 @@ from nemo_moviegen.planning.seconds import (
     memory_seconds,
     product_seconds,
 )
-from nemo_moviegen.planning.work import LayerWork, Product
+from nemo_moviegen.planning.work import OPTIMIZER_BYTES, LayerWork, Product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ def step_of(
         tensor_gradients=links.tensor.all_reduce(replicated * settings.gradient_bytes / pieces)
         if settings.is_full
         else links.tensor.all_reduce(replicated * settings.gradient_bytes),
-        optimizer=memory_seconds(held / pieces * 34, gpu),
+        optimizer=memory_seconds(held / pieces * OPTIMIZER_BYTES, gpu),
         overhead=hardware.STEP_SECONDS,
     )
 

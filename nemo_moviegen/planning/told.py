@@ -57,11 +57,6 @@ def changes_to(plan, asked) -> list[str]:
     return changes
 
 
-def bytes_by_part(memory) -> dict[str, float]:
-    """Bytes of a rank at its peak by component; they sum to `device_bytes`."""
-    return asdict(memory)
-
-
 def parameters_of_first(plan) -> dict[str, int]:
     """Parameters of each component of the model that rank 0 keeps between steps."""
     return kept_by_rank(plan.iterations[0].share.size, plan.layout, plan.num_ranks, 0)
@@ -84,7 +79,7 @@ def plan_values(plan) -> dict:
             "limit_bytes": plan.memory_limit_bytes,
             "device_bytes": plan.memory.device_bytes,
             "allocated_peak_bytes": plan.memory.peak_bytes,
-            "parts_bytes": bytes_by_part(plan.memory),
+            "parts_bytes": asdict(plan.memory),
             "parameters_of_rank_0": parameters_of_first(plan),
         },
         "time": _time_values(plan),

@@ -11,6 +11,9 @@ of video/fused.py compiled to one kernel: positions 3, two modulated norms 4, tw
 BACKWARD_PASSES = 28
 """Likewise backward: two modulated norms 10 (their vectors of a clip are summed in a kernel of their own),
 two gates 6, gradients of residuals and positions added 12."""
+OPTIMIZER_BYTES = 34
+"""A step of the optimiser moves for a parameter: fp32 weight, gradient and two moments read, three of them
+written, a bf16 weight written, the gradient read for its norm."""
 
 
 @dataclass(frozen=True, kw_only=True)

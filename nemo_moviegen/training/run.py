@@ -15,7 +15,7 @@ from nemo_moviegen.training.tensor_bytes import counted
 
 SWITCH_SECONDS = 2e-4
 """After which a thread hands over the interpreter that another waits for. Python's 5 ms let the loader's
-thread hold up the one that launches kernels, 5% of a demo's step."""
+thread hold up the one that launches kernels, 3% of a demo's step."""
 
 
 def train(recipe, also=()):

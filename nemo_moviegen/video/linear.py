@@ -19,8 +19,8 @@ def linear(x, weight):
     return functional.linear(x, weight)
 
 
-class Column(ColumnParallelLinear):
-    """Megatron's; on one tensor rank `linear`."""
+class _Alone:
+    """Before one of megatron's classes: on one tensor rank `linear` is all it does."""
 
     def forward(self, x):
         if self.config.tensor_model_parallel_size > 1:
@@ -28,13 +28,12 @@ class Column(ColumnParallelLinear):
         return linear(x, self.weight), None
 
 
-class Row(RowParallelLinear):
-    """Likewise."""
+class Column(_Alone, ColumnParallelLinear):
+    """Whose rows tensor ranks share out."""
 
-    def forward(self, x):
-        if self.config.tensor_model_parallel_size > 1:
-            return super().forward(x)
-        return linear(x, self.weight), None
+
+class Row(_Alone, RowParallelLinear):
+    """Whose columns they share out."""
 
 
 class _Linear(torch.autograd.Function):
