@@ -291,8 +291,20 @@ def _bench_recipe(options, log):
 
     recipe = _recipe(options.what, options)
     cluster = read_cluster(recipe.cluster)
-    check_run(recipe, cluster)
     numbers = {"steps": options.steps, "warm_up": options.warm_up, "profiled": options.profiled}
+    if options.rank_slice:
+        from nemo_moviegen.bench.recipe import bench_recipe
+
+        if "WORLD_SIZE" in os.environ:
+            raise ValueError(
+                "--rank-slice is one process, the first of ranks that are not there: start it alone"
+            )
+        more = {"slice_layers": options.layers or 0, "output": options.json, "log": log}
+        bench_recipe(recipe, cluster, options.folder, **numbers, **more)
+        return 0
+    if options.layers:
+        raise ValueError(f"--layers {options.layers} is of --rank-slice; a recipe's is size.num_layers")
+    check_run(recipe, cluster)
     if must_start_ranks(cluster, "start it on every node with torchrun"):
         given = {"--folder": options.folder, "--json": options.json} | {
             f"--{name.replace('_', '-')}": str(number) for name, number in numbers.items()

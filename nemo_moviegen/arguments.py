@@ -202,6 +202,12 @@ def _parser():
     add("--steps", type=int, default=20, help="of a recipe: steps that are timed (%(default)s)")
     add("--warm-up", type=int, default=5, help="of a recipe: steps before them (%(default)s)")
     add("--profiled", type=int, default=3, help="of a recipe: steps after them, taken apart (%(default)s)")
+    add(
+        "--rank-slice",
+        action="store_true",
+        help="of a recipe: on one device, the share of the first rank of its cluster, without the others",
+    )
+    add("--layers", type=int, help="of a rank slice: so many of the model's layers (all)")
     add("--folder", default="out/bench", help="of a recipe: what is emptied and used (%(default)s)")
     add(
         "--parts",

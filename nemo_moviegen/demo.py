@@ -117,7 +117,7 @@ def train_command(recipe, scale, settings) -> tuple[str, ...]:
     changed = {key: value for key, value in settings.items() if str(value) != str(_setting(recipe, key))}
     if scale != 1:
         changed["num_steps"] = steps = max(4, round(recipe.num_steps * scale))
-        changed["save_every"] = max(2, min(recipe.save_every, steps // 2))
+        changed["save_every"] = max(2, min(recipe.save_every or steps, steps // 2))
         changed["log_every"] = max(1, min(recipe.log_every, steps // 20))
         changed["optim.warmup_steps"] = max(1, round(recipe.optim.warmup_steps * min(scale, 1)))
     return ("train", recipe.name, *(f"{key}={value}" for key, value in changed.items()))

@@ -55,7 +55,7 @@ class Recipe:
     output: str
     """Folder of checkpoints and logs; a run that finds its own checkpoint there goes on from it."""
     save_every: int = 1000
-    """Steps between checkpoints."""
+    """Steps between checkpoints, of which the last step has one too; 0 = none at all, for a benchmark."""
     keep_last: int = 2
     """Newest checkpoints that stay."""
     keep_every: int = 0
@@ -68,11 +68,12 @@ class Recipe:
     def __post_init__(self):
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}; use {', '.join(PRECISIONS)}")
-        for name in ("global_batch", "micro_batch", "num_steps", "save_every", "log_every", "keep_last"):
+        for name in ("global_batch", "micro_batch", "num_steps", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; use 1 or more")
-        if self.keep_every < 0:
-            raise ValueError(f"keep_every is {self.keep_every}; use 0 for none, or a number of steps")
+        for name in ("save_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; use 0 for none, or a number of steps")
         if self.image_batch % self.global_batch or self.image_batch < 0:
             raise ValueError(
                 f"{self.name}: image_batch {self.image_batch} does not split like the clips: use 0 or a "
@@ -85,6 +86,10 @@ class Recipe:
     def images_per_step(self) -> int:
         """Images of an image step, all ranks: in as many micro-batches as clips, each so much larger."""
         return self.image_batch or self.global_batch
+
+    def saves_at(self, step) -> bool:
+        """Whether the checkpoint of a step is kept."""
+        return self.save_every > 0 and (step % self.save_every == 0 or step == self.num_steps)
 
     def num_microbatches(self, num_ranks: int) -> int:
         """Micro-batches each model copy accumulates; ValueError if the batch does not divide."""

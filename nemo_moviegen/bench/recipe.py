@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_moviegen.bench import rank_slice
 from nemo_moviegen.bench.measure import empty_table, environment, write_json
 from nemo_moviegen.bench.roofline import ceiling_here, work_of
 from nemo_moviegen.cluster import placed
@@ -41,8 +42,12 @@ class Watched:
     """Seconds of a profiled step by component."""
 
 
-def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, output=None, log=print):
+def bench_recipe(
+    recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, slice_layers=None, output=None, log=print
+):
     """Run it on the ranks this process is one of, in `folder`, which all of them see and which is emptied.
+
+    With `slice_layers` this process alone is the first of the cluster's ranks, with so many layers (0: all).
 
     Rank 0 tells a table and lines, writes the JSON `output` and returns what `found_of` does; others None.
 
@@ -52,22 +57,27 @@ def bench_recipe(recipe, cluster, folder, *, steps=20, warm_up=5, profiled=3, ou
         raise ValueError(f"{recipe.name} trains an autoencoder: use moviegen bench tae")
     if min(steps, warm_up, profiled) < 1:
         raise ValueError(f"steps {steps}, warm-up {warm_up}, profiled {profiled}: use 1 or more of each")
+    whole, is_slice = recipe, slice_layers is not None
+    if is_slice:
+        recipe = rank_slice.slice_of(recipe, cluster, slice_layers)
     rank, folder, plan = int(os.environ.get("RANK", 0)), Path(folder), _plan(recipe, cluster)
     run = as_benched(recipe, cluster, folder, num_steps=warm_up + steps + profiled)
     # all ranks of a torchrun have its id; a folder of an earlier run has another's
     ready = folder / f"ready-{os.environ.get('TORCHELASTIC_RUN_ID', os.getpid())}"
     if rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        _write_latents(run, plan.iterations[0])
+        _write_latents(run, plan.iterations[0], _LEAST_SAMPLES if is_slice else 0)
         ready.touch()
     _wait_for(ready)
-    watched = _run(run, warm_up, steps)
+    watched = _run(run, warm_up, steps, cluster.num_ranks if is_slice else 0)
     if rank:
         return None
     shutil.rmtree(run.data.folder)  # may be gigabytes of noise
     lines = Path(run.output, METRICS_FILE).read_text(encoding="utf-8").splitlines()
     metrics = [json.loads(line) for line in lines][warm_up : warm_up + steps]
     found = found_of(recipe, plan, watched, metrics)
+    if is_slice:
+        found["slice"] = rank_slice.facts_of(found, _plan(whole, cluster), whole.size.num_layers)
     for part in told(found):
         log(part)
     if output:
@@ -86,7 +96,7 @@ def as_benched(recipe, cluster, folder, num_steps):
         output=str(folder / "run"),
         init_from="",
         num_steps=num_steps,
-        save_every=10**9,
+        save_every=0,
         optim=replace(recipe.optim, decay="constant"),
         validation=replace(recipe.validation, every=0),
         progress=replace(recipe.progress, samples_every=0, wandb_project=""),
@@ -110,6 +120,7 @@ def found_of(recipe, plan, watched, metrics) -> dict:
         "layout": asdict(plan.layout) | {"data": plan.layout.data_parallel(ranks)},
         "precision": recipe.precision,
         "ranks": ranks,
+        "layers": recipe.size.num_layers,
         "latent_shape": list(iteration.shape),
         "samples": iteration.samples,
         "tokens_of_a_sample": iteration.share.tokens,
@@ -140,7 +151,8 @@ def told(found):
     step, layout = found["step_seconds"], found["layout"]
     yield (
         f"{found['recipe']} on {found['cluster']}: {found['ranks']} ranks, TP{layout['tensor']} "
-        f"CP{layout['context']} DP{layout['data']}, {found['precision']}; {found['samples']} x "
+        f"CP{layout['context']} DP{layout['data']}, {found['precision']}, {found['layers']} layers; "
+        f"{found['samples']} x "
         f"{found['tokens_of_a_sample']:,} tokens a step\n{found['ceiling']['name']}, environment "
         f"{found['environment']['hash']}"
     )
@@ -169,6 +181,8 @@ def told(found):
         yield f"no MFU: {found['why_no_mfu']}"
     else:
         yield f"MFU {found['mfu']:.1%}, HFU {found['hfu']:.1%}"
+    if "slice" in found:
+        yield from rank_slice.told(found["slice"], found["layers"])
     if found["counting_error"]:
         yield found["counting_error"]
     if found["predicted_step_seconds"]:
@@ -193,7 +207,8 @@ def _components(profiled, work, ceiling, step_seconds):
     return rows
 
 
-def _run(recipe, warm_up, steps) -> Watched:
+def _run(recipe, warm_up, steps, slice_of_ranks=0) -> Watched:
+    """`slice_of_ranks`: this process is the first of so many, which are not there."""
     import lightning.pytorch as pl
     import torch
     from torch.profiler import ProfilerActivity, profile
@@ -219,8 +234,8 @@ def _run(recipe, warm_up, steps) -> Watched:
             stack.close()
 
     watch = Watch()
-    with stack:
-        train(recipe, also=[watch])
+    with rank_slice.first_of(slice_of_ranks) if slice_of_ranks else contextlib.nullcontext([]) as also, stack:
+        train(recipe, also=[*also, watch])
     profiled, components = len(ends) - warm_up - steps, seconds_by_component(watch.profile.events())
     timed = itertools.pairwise(ends[warm_up - 1 : warm_up + steps])
     return Watched(
@@ -234,12 +249,12 @@ def _plan(recipe, cluster):
     return make_plan(recipe, cluster, text=_text(recipe.size))
 
 
-def _write_latents(recipe, iteration):
-    """Latents of noise of a planned `Iteration`, as few as its batches can be made of."""
+def _write_latents(recipe, iteration, num_samples=0):
+    """Latents of noise of a planned `Iteration`: those of a batch, or so many that come again and again."""
     write_random_latents(
         recipe.data.folder,
         recipe.size,
-        max(iteration.samples, _LEAST_SAMPLES),
+        num_samples or max(iteration.samples, _LEAST_SAMPLES),
         np.random.default_rng(0),
         shapes=(iteration.shape,),
         images=False,

@@ -151,7 +151,7 @@ def _ours(case, folder, turn):
         global_batch=case["batch"],
         micro_batch=case["batch"],
         num_steps=1_000_000,
-        save_every=1_000_000,
+        save_every=0,
         precision="fp32",
         output=str(folder / "run"),
     )

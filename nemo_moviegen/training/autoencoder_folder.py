@@ -96,7 +96,7 @@ class RunFolder(pl.Callback):
         trainer.last_metrics = values
         if trainer.is_global_zero:
             self._tell(trainer, module.step, values)
-            if module.step % self.recipe.save_every == 0 or module.step == self.recipe.num_steps:
+            if self.recipe.saves_at(module.step):
                 self._save(module)
                 self._measure(trainer, module)
             elif trainer.should_stop:

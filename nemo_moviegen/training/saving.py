@@ -91,12 +91,12 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.state.update_ema()
         self.writer.poll()
-        self.is_due |= trainer.global_step % self.recipe.save_every == 0
+        self.is_due |= self.recipe.saves_at(trainer.global_step)
         if self.is_due and not (self.guard and self.guard.reason):
             self.save(trainer.global_step)
 
     def on_train_end(self, trainer, module):
-        if self.saved_step != trainer.global_step:
+        if self.recipe.save_every and self.saved_step != trainer.global_step:
             self.save(trainer.global_step)
         self.writer.wait()
         torch.distributed.barrier(self.writer.group)  # a launcher ends the others once one has ended

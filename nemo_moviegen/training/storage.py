@@ -177,7 +177,8 @@ class BackgroundWriter:
     """Writes one folder at a time in a thread, from a copy of the tensors, over gloo groups of its own."""
 
     def __init__(self):
-        self.group = torch.distributed.new_group(backend="gloo")
+        on_gpu = torch.distributed.get_backend() == "nccl"  # whose groups carry no host tensors
+        self.group = torch.distributed.new_group(backend="gloo" if on_gpu else None)
         self.thread, self.error, self.buffers = None, None, {}
 
     def copy(self, tensors):

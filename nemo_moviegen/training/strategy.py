@@ -19,6 +19,7 @@ def strategy(recipe) -> nl.MegatronStrategy:
         process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
         ddp=ddp_config(layout, recipe.precision),
         fsdp="megatron" if layout.sharding == "full" else None,
+        use_gloo_process_groups=False,  # another checkpoint format's; thousands of ranks meet for minutes
     )
     # NeMo's progress printer gathers megatron's timers on rank 0 alone: gloo deadlocks at the next collective
     result.timers = None

@@ -76,8 +76,8 @@ class ValidationLoss(pl.Callback):
 
     def is_due(self, step) -> bool:
         """Whether the loss after `step` steps is measured; the last step has a checkpoint as well."""
-        every, save_every = self.recipe.validation.every, self.recipe.save_every
-        return every > 0 and (step % every == 0 or step % save_every == 0 or step == self.recipe.num_steps)
+        every, last = self.recipe.validation.every, self.recipe.num_steps
+        return every > 0 and (step % every == 0 or step == last or self.recipe.saves_at(step))
 
     @torch.no_grad()
     def measure(self, module) -> dict:
