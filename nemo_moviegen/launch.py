@@ -68,10 +68,11 @@ def must_start_ranks(cluster, how) -> bool:
 def check_run(recipe, cluster):
     """ValueError where layout, batch, memory or number format do not fit the cluster; looks at no path."""
     check_on_cluster(recipe, cluster)
-    if is_fp8(recipe.precision) and cluster.accelerator == "cpu":
+    in_fp8 = is_fp8(recipe.precision) and not recipe.fp8.emulated
+    if in_fp8 and cluster.accelerator == "cpu":
         raise ValueError(
             f"{recipe.name} trains in {recipe.precision}, and cluster {cluster.name} has no GPU: set "
-            "precision=bf16, or a cluster of H100s"
+            "precision=bf16, fp8.emulated=true to try out its numbers, or a cluster of H100s"
         )
     if not isinstance(recipe, TaeRecipe) and (problem := memory_problem(recipe, cluster)):
         raise ValueError(f"{problem}; or set memory_gib of the cluster to what its ranks have")

@@ -19,6 +19,7 @@ from nemo_moviegen.objectives import DiscriminatorSettings as DiscriminatorSetti
 from nemo_moviegen.optim import Optim as Optim
 from nemo_moviegen.optim import Plateau as Plateau
 from nemo_moviegen.precision import FP8_ROWS, PRECISIONS, check_fp8, is_fp8, is_mixed
+from nemo_moviegen.precision import Fp8 as Fp8
 from nemo_moviegen.progress import Progress as Progress
 from nemo_moviegen.settings import from_plain
 from nemo_moviegen.settings import override as override  # the one way to change a recipe
@@ -120,8 +121,7 @@ class VideoRecipe(Recipe):
     """Checkpoints of the lowest validation loss that stay as well."""
     guidance_scale: float = 7.5
     """Classifier-free guidance of samples from this model (s3.4)."""
-    bf16_layers: int = 0
-    """Layers at each end of the decoder that stay in bf16 under an FP8 precision; no effect otherwise."""
+    fp8: Fp8 = field(default_factory=Fp8)
     compiles: bool = True
     """On GPUs, norms, modulation and gates go through torch.compile: a kernel or two each. No effect on
     CPUs."""
@@ -160,11 +160,6 @@ class VideoRecipe(Recipe):
             raise ValueError(
                 f"{self.name}: optim.decay=plateau follows the validation loss, and validation.every is 0: "
                 "set validation.every to steps between measurements, or optim.decay to constant or cosine"
-            )
-        if self.bf16_layers < 0 or 2 * self.bf16_layers > self.size.num_layers:
-            raise ValueError(
-                f"{self.name}: bf16_layers {self.bf16_layers} at each end of {self.size.num_layers} layers: "
-                f"use 0 to {self.size.num_layers // 2}"
             )
         if is_fp8(self.precision):
             check_fp8(self)
@@ -247,10 +242,11 @@ class VideoRecipe(Recipe):
             )
             divisors[problem] = 2 * context
         if is_fp8(self.precision):
-            problem = (
-                f"in micro-batches of {samples} on context {context} are no {FP8_ROWS}s, which FP8 needs"
-            )
-            divisors[problem] = context * FP8_ROWS // math.gcd(FP8_ROWS, samples)
+            on, pieces = f"context {context}", context
+            if {"patch_embedding", "head"} & set(self.fp8.parts):
+                on, pieces = f"{on} x sequence-parallel {sequence}", context * sequence
+            problem = f"in micro-batches of {samples} on {on} are no {FP8_ROWS}s, which FP8 needs"
+            divisors[problem] = pieces * FP8_ROWS // math.gcd(FP8_ROWS, samples)
         problem = next((problem for problem, divisor in divisors.items() if tokens % divisor), None)
         if problem is None:
             return

@@ -22,7 +22,7 @@ Each row has an FP8 variant, its name and `_fp8`: the same run from the same wei
 
 from dataclasses import replace
 
-from nemo_moviegen.recipe import LatentData, Layout, Optim, Validation, VideoRecipe
+from nemo_moviegen.recipe import Fp8, LatentData, Layout, Optim, Validation, VideoRecipe
 from nemo_moviegen.sizes import VIDEO_30B
 
 
@@ -38,7 +38,7 @@ def in_fp8(function):
             base,
             name=f"{base.name}_fp8",
             precision="fp8_current",
-            bf16_layers=1,
+            fp8=Fp8(bf16_layers=1),
             output=f"{base.output}_fp8",
         )
 

@@ -162,7 +162,7 @@ def test_image_post_training_goes_to_1024_px_and_quality_tuning_warms_up_over_20
 def test_an_fp8_row_is_its_row_but_for_the_precision(name):
     row, variant = recipes.get(name), recipes.get(f"{name}_fp8")
     assert variant.precision.startswith("fp8_")
-    renamed = {"name": row.name, "output": row.output, "precision": row.precision, "bf16_layers": 0}
+    renamed = {"name": row.name, "output": row.output, "precision": row.precision, "fp8": row.fp8}
     assert replace(variant, **renamed) == row
 
 

@@ -7,17 +7,21 @@ import pytest
 
 import recipes
 from nemo_moviegen import precision
+from nemo_moviegen.precision import Fp8
 from nemo_moviegen.recipe import Layout, override
 from nemo_moviegen.sizes import VIDEO_30B
 
 FP8_ROW = "video_30b.t2iv_768_cp2_4096_fp8"
+EMULATED = Fp8(emulated=True)
+WITHOUT_CONTEXT = "fp8.bf16_parts=[patch_embedding,time_embedding,modulation,head]"
 
 
 def test_every_fp8_precision_is_mixed_and_the_others_are_what_they_were():
     mixed = [p for p in precision.PRECISIONS if precision.is_mixed(p)]
     assert mixed == ["bf16", "fp8_delayed", "fp8_current", "fp8_block"]
     assert [p for p in precision.PRECISIONS if precision.is_fp8(p)] == mixed[1:]
-    assert precision.fp8_settings("bf16", 1) == precision.fp8_settings("fp32", 0) == {}
+    assert precision.fp8_settings("bf16", Fp8(bf16_layers=1)) == precision.fp8_settings("fp32", Fp8()) == {}
+    assert precision.fp8_settings("fp8_block", Fp8(emulated=True)) == {}
 
 
 @pytest.mark.parametrize(
@@ -33,10 +37,9 @@ def test_megatron_and_nemo_know_what_they_are_told(name, megatron, bf16_layers):
     from nemo_moviegen.training.strategy import ddp_config
     from nemo_moviegen.video.model import video_config
 
-    told = precision.fp8_settings(name, bf16_layers)
-    model = video_config(
-        VIDEO_30B, Layout(tensor=4), name, bf16_layers=bf16_layers, uses_transformer_engine=True
-    )
+    fp8 = Fp8(bf16_layers=bf16_layers, attention=name == "fp8_delayed")
+    told = precision.fp8_settings(name, fp8)
+    model = video_config(VIDEO_30B, Layout(tensor=4), name, fp8=fp8, uses_transformer_engine=True)
     plugin = nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, **told).dtype_config
     assert (model.fp8, model.fp8_recipe) == ("hybrid", megatron)
     assert model.first_last_layers_bf16 == (bf16_layers > 0)
@@ -44,7 +47,8 @@ def test_megatron_and_nemo_know_what_they_are_told(name, megatron, bf16_layers):
     assert (model.bf16, model.params_dtype, model.fp8_param) == (True, torch.bfloat16, False)
     assert (plugin.bf16, plugin.grad_reduce_in_fp32) == (True, True)
     assert ddp_config(Layout(), name) == ddp_config(Layout(), "bf16")
-    recipe = replace(recipes.get(FP8_ROW), precision=name, bf16_layers=bf16_layers)
+    assert model.fp8_dot_product_attention == (name == "fp8_delayed")
+    recipe = replace(recipes.get(FP8_ROW), precision=name, fp8=Fp8(bf16_layers=bf16_layers))
     assert optimizer_config(recipe) == optimizer_config(replace(recipe, precision="bf16"))
 
 
@@ -65,8 +69,28 @@ def test_a_model_without_transformer_engine_is_not_built_in_fp8():
         (["data.batching=packed", "layout.context=1"], r"packs have any number: set data\.batching=bucket"),
         (
             ["precision=fp8_delayed"],
-            "megatron keeps no layer in bf16 with delayed scaling: set bf16_layers=0",
+            r"megatron keeps no layer in bf16 with delayed scaling: set fp8\.bf16_layers=0",
         ),
+        (["fp8.bf16_layers=25"], r"fp8\.bf16_layers 25 at each end of 48 layers: use 0 to 24"),
+        (
+            ["precision=fp8_delayed", "fp8.bf16_layers=0", WITHOUT_CONTEXT],
+            "context_projections is outside: add it to fp8.bf16_parts, or set precision=fp8_current",
+        ),
+        (
+            ["fp8.bf16_parts=[patch_embedding,head,context_projections,modulation]"],
+            "time_embedding has a row a clip, 1 of micro_batch, and FP8 takes 8s: add it to fp8.bf16_parts",
+        ),
+        (
+            ["fp8.bf16_parts=[time_embedding,modulation,context_projections]"],
+            "2352 tokens, which in micro-batches of 1 on context 2 x sequence-parallel 4 are no 8s",
+        ),
+        (["fp8.attention=true"], "fp8.attention on Hopper takes delayed scaling: set precision=fp8_delayed"),
+        (
+            ["fp8.attention=true", "precision=fp8_delayed", "fp8.bf16_layers=0"],
+            "fp8.attention over context 2 gathers no keys: set layout.context_comm=a2a or p2p",
+        ),
+        (["fp8.gathers=true", "fp8.emulated=true"], "set fp8.attention=false and fp8.gathers=false"),
+        (["fp8.gathers=true", "layout.sharding=none"], "layout.sharding is none: set layout.sharding=opt"),
         (["size.ffn_width=16392"], r"tensor 4 leaves 1536 of size\.width and 4098 of size\.ffn_width"),
         (
             ["data.buckets=", "latent_height=90", "latent_width=90", "latent_frames=4", "layout.tensor=1"],
@@ -109,11 +133,12 @@ def test_a_machine_says_what_it_lacks_for_fp8(name, capability, engine, said):
 def test_a_run_on_a_cpu_refuses_fp8_in_one_line_that_says_what_to_set():
     from nemo_moviegen.training.run import uses_transformer_engine
 
-    run = SimpleNamespace(name="x", precision="fp8_current")
+    run = SimpleNamespace(name="x", precision="fp8_current", fp8=Fp8())
     with pytest.raises(
-        ValueError, match=r"x trains in fp8_current, which takes a GPU.*: set precision=bf16$"
+        ValueError, match=r"x trains in fp8_current, which takes a GPU.*: set precision=bf16, or fp8.emulated"
     ):
         uses_transformer_engine(run)
+    assert not uses_transformer_engine(SimpleNamespace(name="x", precision=run.precision, fp8=EMULATED))
 
 
 def test_an_autoencoder_has_no_fp8_and_no_plateau():
@@ -123,10 +148,10 @@ def test_an_autoencoder_has_no_fp8_and_no_plateau():
 
 
 def test_validation_is_measured_in_bf16_and_training_goes_on_in_fp8():
-    from nemo_moviegen.training.validation import _without_fp8
+    from nemo_moviegen.video.model import without_fp8
 
     config = SimpleNamespace(fp8="hybrid")
-    with pytest.raises(RuntimeError), _without_fp8(config):
+    with pytest.raises(RuntimeError), without_fp8(config):
         assert config.fp8 is None
         raise RuntimeError
     assert config.fp8 == "hybrid"

@@ -46,7 +46,8 @@ def slice_of(recipe, cluster, num_layers=0):
         raise ValueError(f"--layers {num_layers}: {recipe.name} has {have} layers, use 1 to {have}")
     if num_layers:
         size = replace(recipe.size, num_layers=num_layers)
-        recipe = replace(recipe, size=size, bf16_layers=min(recipe.bf16_layers, num_layers // 2))
+        fp8 = replace(recipe.fp8, bf16_layers=min(recipe.fp8.bf16_layers, num_layers // 2))
+        recipe = replace(recipe, size=size, fp8=fp8)
     check_run(recipe, cluster)
     return recipe
 

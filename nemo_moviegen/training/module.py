@@ -32,7 +32,7 @@ class FlowMatchingModule(pl.LightningModule):
             recipe.size,
             recipe.layout,
             recipe.precision,
-            bf16_layers=recipe.bf16_layers,
+            fp8=recipe.fp8,
             uses_transformer_engine=uses_transformer_engine,
             compiles=recipe.compiles and torch.cuda.is_available(),
         )

@@ -60,11 +60,14 @@ def uses_transformer_engine(recipe) -> bool:
     """
     on_gpu = torch.cuda.is_available()
     has_engine = importlib.util.find_spec("transformer_engine") is not None
+    if is_fp8(recipe.precision) and recipe.fp8.emulated:
+        return False
     if is_fp8(recipe.precision):
         capability = torch.cuda.get_device_capability() if on_gpu else None
         if missing := why_not_fp8(recipe.precision, capability, has_engine):
             raise ValueError(
-                f"{recipe.name} trains in {recipe.precision}, which takes {missing}: set precision=bf16"
+                f"{recipe.name} trains in {recipe.precision}, which takes {missing}: set precision=bf16, or "
+                "fp8.emulated=true to try out its numbers"
             )
     wanted = on_gpu and is_mixed(recipe.precision)
     if wanted and not has_engine:
@@ -85,8 +88,9 @@ def _trainer(recipe, module, data, num_ranks, own, other):
     ranks_per_node = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     plugins = [TorchElasticEnvironment()] if TorchElasticEnvironment.detect() else []
     if is_mixed(recipe.precision):
-        fp8 = fp8_settings(recipe.precision, recipe.bf16_layers)  # it overwrites the model's
-        plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, **fp8))
+        told = fp8_settings(recipe.precision, recipe.fp8)  # it overwrites the model's
+        told["fp8_param_gather"] = is_fp8(recipe.precision) and recipe.fp8.gathers
+        plugins.append(nl.MegatronMixedPrecision("bf16-mixed", params_dtype=torch.bfloat16, **told))
     trainer = nl.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=ranks_per_node,

@@ -30,6 +30,7 @@ from nemo_moviegen.progress import SAMPLES_FOLDER
 from nemo_moviegen.sampling import decode, keeping, sample_latents
 from nemo_moviegen.training.validation import first_rows, heldout_reader, shares, text_of
 from nemo_moviegen.video.embeddings import unpatchify
+from nemo_moviegen.video.model import without_fp8
 from nemo_moviegen.video.parallel import gather_tokens
 from nemo_moviegen.video_files import pick_frames, stream_mp4, write_png
 
@@ -133,9 +134,10 @@ class Samples(pl.Callback):
             return unpatchify(tokens_SBX, shape, self.recipe.size)
 
         scale = self.recipe.guidance_scale
-        return sample_latents(
-            velocity, noise_BTCHW, prompt, empty, schedule=self.schedule, guidance_scale=scale
-        )
+        with without_fp8(module.config):
+            return sample_latents(
+                velocity, noise_BTCHW, prompt, empty, schedule=self.schedule, guidance_scale=scale
+            )
 
     def _conditions(self, module, samples):
         """((contexts, masks), latent shape) as training sees prompts, all padded to the same length."""

@@ -4,7 +4,7 @@ import nemo.lightning as nl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
 
-from nemo_moviegen.precision import is_mixed
+from nemo_moviegen.precision import is_fp8, is_mixed
 from nemo_moviegen.video.model import DTYPES
 
 
@@ -17,7 +17,7 @@ def strategy(recipe) -> nl.MegatronStrategy:
         sequence_parallel=layout.sequence and layout.tensor > 1,
         pipeline_dtype=DTYPES[recipe.precision],
         process_group_backend="nccl" if torch.cuda.is_available() else "gloo",
-        ddp=ddp_config(layout, recipe.precision),
+        ddp=ddp_config(layout, recipe.precision, gathers_fp8=is_fp8(recipe.precision) and recipe.fp8.gathers),
         fsdp="megatron" if layout.sharding == "full" else None,
         use_gloo_process_groups=False,  # another checkpoint format's; thousands of ranks meet for minutes
     )
@@ -26,7 +26,7 @@ def strategy(recipe) -> nl.MegatronStrategy:
     return result
 
 
-def ddp_config(layout, precision) -> DistributedDataParallelConfig:
+def ddp_config(layout, precision, gathers_fp8=False) -> DistributedDataParallelConfig:
     """What data-parallel ranks share out (`layout.sharding`) and how gradients meet."""
     full = layout.sharding == "full"
     return DistributedDataParallelConfig(
@@ -35,6 +35,7 @@ def ddp_config(layout, precision) -> DistributedDataParallelConfig:
         check_for_nan_in_grad=False,  # training/guard.py skips such a step on all ranks
         use_megatron_fsdp=full,
         data_parallel_sharding_strategy="optim_grads_params" if full else "no_shard",
+        fp8_param_gather=gathers_fp8,
         preserve_fp32_weights=is_mixed(precision),  # other precisions train the weights themselves
         overlap_grad_reduce=full,
         overlap_param_gather=full,

@@ -12,7 +12,6 @@ dropped.
 import itertools
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from nemo_moviegen.data.collate import collate
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.training.step import token_errors
+from nemo_moviegen.video.model import without_fp8
 from nemo_moviegen.video.parallel import sum_over_token_ranks
 
 NUM_BINS = 8
@@ -116,7 +116,7 @@ class ValidationLoss(pl.Callback):
             statistics=self.reader.statistics,
         ).to(torch.cuda.current_device(), module.data_dtype)
         x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
-        with _without_fp8(module.config):
+        with without_fp8(module.config):
             velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
         error_SB = token_errors(velocity_SBX, target_BTCHW, module.config).double()
         return torch.stack((error_SB.sum(dim=0), torch.ones_like(error_SB).sum(dim=0)), dim=1)
@@ -127,16 +127,6 @@ class ValidationLoss(pl.Callback):
         if not hasattr(self, "_text"):
             self._text = text_of(self.reader, self.recipe, self.data)
         return self._text
-
-
-@contextmanager
-def _without_fp8(config):
-    """Measure in bf16 whatever is trained in: runs compare, and passes may have any number of tokens."""
-    fp8, config.fp8 = config.fp8, None
-    try:
-        yield
-    finally:
-        config.fp8 = fp8
 
 
 def heldout_reader(recipe) -> LatentReader:

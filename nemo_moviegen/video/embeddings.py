@@ -55,14 +55,22 @@ class FactorizedPositions(nn.Module):
         return (self.frame[frame] + self.row[row] + self.column[column]).unsqueeze(1)
 
 
-class TimeEmbedding(nn.Module):
-    """Flow time in [0, 1] -> [B, D]: sines and cosines of 1000 t, then two linears (DiT; our default)."""
+def linear(in_width, out_width):
+    """A linear without a bias, as all of the model are."""
+    return nn.Linear(in_width, out_width, bias=False)
 
-    def __init__(self, size):
+
+class TimeEmbedding(nn.Module):
+    """Flow time in [0, 1] -> [B, D]: sines and cosines of 1000 t, then two linears (DiT; our default).
+
+    Here and below `linear` makes the linears from (input width, output width).
+    """
+
+    def __init__(self, size, linear=linear):
         super().__init__()
         self.num_frequencies = size.time_frequencies
-        self.expand = nn.Linear(size.time_frequencies, size.width, bias=False)
-        self.mix = nn.Linear(size.width, size.width, bias=False)
+        self.expand = linear(size.time_frequencies, size.width)
+        self.mix = linear(size.width, size.width)
 
     def forward(self, t_B):
         half = self.num_frequencies // 2
@@ -78,10 +86,10 @@ class TimeEmbedding(nn.Module):
 class ContextProjections(nn.Module):
     """Each encoder's features through its own linear and LayerNorm, then one sequence (s3.1.4)."""
 
-    def __init__(self, size):
+    def __init__(self, size, linear=linear):
         super().__init__()
         self.contexts = size.contexts
-        self.linears = nn.ModuleList(nn.Linear(c.width, size.width, bias=False) for c in size.contexts)
+        self.linears = nn.ModuleList(linear(c.width, size.width) for c in size.contexts)
         self.norms = nn.ModuleList(nn.LayerNorm(size.width) for _ in size.contexts)
 
     def forward(self, contexts, masks):
@@ -104,9 +112,9 @@ class ContextProjections(nn.Module):
 class SharedModulation(nn.Module):
     """One SiLU and linear for all layers, which add their own bias [6, D]: time [B, D] -> [6, B, D]."""
 
-    def __init__(self, size):
+    def __init__(self, size, linear=linear):
         super().__init__()
-        self.linear = nn.Linear(size.width, 6 * size.width, bias=False)
+        self.linear = linear(size.width, 6 * size.width)
 
     def forward(self, time_BD):
         B, D = time_BD.shape

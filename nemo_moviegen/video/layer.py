@@ -30,6 +30,7 @@ from torch import nn
 
 from nemo_moviegen.video import fused
 from nemo_moviegen.video.attention import LocalAttention
+from nemo_moviegen.video.fp8_emulated import EmulatedColumn, EmulatedRow
 from nemo_moviegen.video.linear import Column, Row
 from nemo_moviegen.video.parallel import sum_gradient_over_sequence_ranks
 
@@ -166,10 +167,16 @@ def with_whole_input(column_linear):
     return WholeInput
 
 
-def local_spec(size):
-    """Plain torch and megatron's own parallel linears: CPU, tests, reference."""
+def local_spec(size, fp8_layers=()):
+    """Plain torch and megatron's own parallel linears: CPU, tests, reference. `fp8_layers` are those (from 0)
+    whose linears emulate FP8."""
     activation = SwiGlu if size.gated_ffn else None
-    return _spec(size, RMSNorm, Column, Row, LocalAttention, activation)
+    spec = _spec(size, RMSNorm, Column, Row, LocalAttention, activation)
+    if fp8_layers:
+        emulated = _spec(size, RMSNorm, EmulatedColumn, EmulatedRow, LocalAttention, activation)
+        for index in fp8_layers:
+            spec.layer_specs[index] = emulated.layer_specs[index]
+    return spec
 
 
 def transformer_engine_spec(size):
@@ -184,6 +191,19 @@ def transformer_engine_spec(size):
     )
 
     return _spec(size, TENorm, TEColumnParallelLinear, TERowParallelLinear, TEDotProductAttention)
+
+
+def transformer_engine_linear(in_width, out_width, config):
+    """Transformer Engine's linear outside the layers, in FP8 where `config` has it while it computes."""
+    import transformer_engine.pytorch as engine
+    from megatron.core.fp8_utils import get_fp8_context
+
+    class Linear(engine.Linear):
+        def forward(self, x):
+            with get_fp8_context(config):
+                return super().forward(x)
+
+    return Linear(in_width, out_width, bias=False, params_dtype=config.params_dtype)
 
 
 def _spec(size, norm, column, row, self_core, activation=None):

@@ -11,6 +11,7 @@ Clips of one shape are a batch [B, T, C, H, W]; clips of any shapes are a pack, 
 sequence [S, 1, D] of all their tokens, in which each clip keeps its own positions, time and text.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 
 import torch
@@ -20,18 +21,25 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from nemo_moviegen.precision import MIXED, fp8_settings, is_fp8, is_mixed
+from nemo_moviegen.precision import MIXED, Fp8, fp8_settings, is_fp8, is_mixed
 from nemo_moviegen.sizes import TransformerSize
 from nemo_moviegen.video.embeddings import (
     ContextProjections,
     FactorizedPositions,
     SharedModulation,
     TimeEmbedding,
+    linear,
     patchify,
     patchify_pack,
     unpatchify,
 )
-from nemo_moviegen.video.layer import local_spec, pack_conditioning, transformer_engine_spec
+from nemo_moviegen.video.fp8_emulated import EmulatedLinear, Scaling, in_bf16
+from nemo_moviegen.video.layer import (
+    local_spec,
+    pack_conditioning,
+    transformer_engine_linear,
+    transformer_engine_spec,
+)
 from nemo_moviegen.video.parallel import (
     gather_tokens,
     pack_of,
@@ -66,20 +74,29 @@ class VideoConfig(TransformerConfig):
     uses_transformer_engine: bool = field(default=False, kw_only=True)
     compiles: bool = field(default=False, kw_only=True)
     """Whether element-wise work goes through torch.compile (fused.py)."""
+    fp8_parts: tuple[str, ...] = field(default=(), kw_only=True)
+    """What is in FP8 beside the layers, of precision.PARTS."""
+    emulated_fp8: str = field(default="", kw_only=True)
+    """The FP8 precision that is emulated (fp8_emulated.py); then megatron knows of no FP8."""
+    emulated_layers: tuple[int, ...] = field(default=(), kw_only=True)
+    """The layers (from 0) that it is emulated in."""
 
 
 def video_config(
-    size, layout, precision, *, bf16_layers=0, uses_transformer_engine=False, compiles=False
+    size, layout, precision, *, fp8=None, uses_transformer_engine=False, compiles=False
 ) -> VideoConfig:
     """Megatron's configuration of a `TransformerSize` under a `Layout` in a precision of precision.py.
 
-    `compiles` sends element-wise work through torch.compile (fused.py).
+    `fp8` says what an FP8 precision leaves in bf16 (default: all but the layers). `compiles` sends
+    element-wise work through torch.compile (fused.py).
 
     ValueError where `layout.context_comm` or FP8 needs Transformer Engine and the model is built without it.
     """
-    if is_fp8(precision) and not uses_transformer_engine:
+    fp8 = fp8 or Fp8()
+    if is_fp8(precision) and not uses_transformer_engine and not fp8.emulated:
         raise ValueError(
-            f"precision={precision} is Transformer Engine's alone (on a GPU): set precision=bf16"
+            f"precision={precision} is Transformer Engine's alone (on a GPU): set precision=bf16, or "
+            "fp8.emulated=true to try out its numbers"
         )
     if layout.context > 1 and layout.context_comm != "all_gather" and not uses_transformer_engine:
         raise ValueError(
@@ -92,6 +109,11 @@ def video_config(
         size=size,
         uses_transformer_engine=uses_transformer_engine,
         compiles=compiles,
+        fp8_parts=fp8.parts if is_fp8(precision) else (),
+        emulated_fp8=precision if is_fp8(precision) and fp8.emulated else "",
+        emulated_layers=tuple(range(size.num_layers)[fp8.bf16_layers : size.num_layers - fp8.bf16_layers])
+        if is_fp8(precision) and fp8.emulated
+        else (),
         num_layers=size.num_layers,
         hidden_size=size.width,
         ffn_hidden_size=size.ffn_width,
@@ -124,8 +146,36 @@ def video_config(
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         **RECOMPUTE[layout.recompute],
-        **fp8_settings(precision, bf16_layers),
+        **fp8_settings(precision, fp8),
+        fp8_param=is_fp8(precision) and fp8.gathers,
     )
+
+
+@contextlib.contextmanager
+def without_fp8(config):
+    """While this lasts the model of this `VideoConfig` computes in bf16 whatever it is trained in: what it
+    measures compares with other runs, and it takes any number of tokens."""
+    fp8, config.fp8 = config.fp8, None
+    try:
+        with in_bf16():
+            yield
+    finally:
+        config.fp8 = fp8
+
+
+def _layers(config):
+    if config.uses_transformer_engine:
+        return transformer_engine_spec(config.size)
+    return local_spec(config.size, config.emulated_layers)
+
+
+def _linear_of(part, config):
+    """What makes the linears of a part outside the layers, in its precision."""
+    if part not in config.fp8_parts:
+        return linear
+    if config.emulated_fp8:
+        return lambda *widths: EmulatedLinear(*widths, Scaling(config.emulated_fp8))
+    return lambda *widths: transformer_engine_linear(*widths, config)
 
 
 def own_tokens(latents, config):
@@ -156,14 +206,13 @@ class VideoTransformer(MegatronModule):
         size = config.size
         self.size = size
         self.model_type = ModelType.encoder_or_decoder
-        self.patch_embedding = nn.Linear(size.input_patch_width, size.width, bias=False)
+        self.patch_embedding = _linear_of("patch_embedding", config)(size.input_patch_width, size.width)
         self.positions = FactorizedPositions(size)
-        self.time_embedding = TimeEmbedding(size)
-        self.context_projections = ContextProjections(size)
-        self.modulation = SharedModulation(size)
-        spec = transformer_engine_spec if config.uses_transformer_engine else local_spec
-        self.decoder = TransformerBlock(config, spec(size))
-        self.head = nn.Linear(size.width, size.output_patch_width, bias=False)
+        self.time_embedding = TimeEmbedding(size, _linear_of("time_embedding", config))
+        self.context_projections = ContextProjections(size, _linear_of("context_projections", config))
+        self.modulation = SharedModulation(size, _linear_of("modulation", config))
+        self.decoder = TransformerBlock(config, _layers(config))
+        self.head = _linear_of("head", config)(size.width, size.output_patch_width)
         token_wise = (self.patch_embedding, self.positions, self.time_embedding, self.modulation, self.head)
         sum_gradient_over_sequence_ranks([p for m in token_wise for p in m.parameters()], config)
         self.to(config.params_dtype)
