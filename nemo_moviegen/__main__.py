@@ -257,6 +257,12 @@ def bench_command(options):
     from nemo_moviegen.inputs import Bucket
 
     log = Console(width=120).print
+    if options.what == "parity":
+        from nemo_moviegen.bench.parity import GAP, judge
+
+        if len(options.settings) != 2:
+            raise ValueError("bench parity takes two folders: a run in FP8, then its twin in bf16")
+        return judge(*options.settings, gap=options.gap or GAP, output=options.json, log=log)
     if options.what not in ("steps", "loader", "tae"):
         return _bench_recipe(options, log)
     from nemo_moviegen.bench import autoencoder, loader, steps
@@ -292,6 +298,11 @@ def _bench_recipe(options, log):
     recipe = _recipe(options.what, options)
     cluster = read_cluster(recipe.cluster)
     numbers = {"steps": options.steps, "warm_up": options.warm_up, "profiled": options.profiled}
+    if options.parity:
+        from nemo_moviegen.bench.parity import GAP, gate
+
+        more = {"gap": options.gap or GAP, "output": options.json, "log": log}
+        return gate(recipe, cluster, options.folder, steps=options.steps, **more)
     if options.rank_slice:
         from nemo_moviegen.bench.recipe import bench_recipe
 

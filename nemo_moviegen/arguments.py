@@ -192,10 +192,17 @@ def _parser():
     add = command("bench", "measure the training steps of a recipe, or ways to do the same work, in turns")
     add(
         "what",
-        help="a recipe; or steps: our training step, plain PyTorch's and diffusers'; loader: decoding, "
-        "reading latents, memory, first batch; tae: our autoencoder and diffusers'",
+        help="a recipe; parity, of the folders of an FP8 run and of its bf16 twin; steps: our training step, "
+        "plain PyTorch's and diffusers'; loader: decoding, reading latents, memory, first batch; tae: our "
+        "autoencoder and diffusers'",
     )
     add("settings", nargs="*", metavar="key=value", help="of a recipe: overrides, as layout.recompute=full")
+    add(
+        "--parity",
+        action="store_true",
+        help="of an FP8 recipe: train it and its bf16 twin on its data for --steps, and compare their losses",
+    )
+    add("--gap", type=float, help="the loss in FP8 may be above bf16's by so much (0.005)")
     add(
         "--cluster", help="of a recipe: where it runs, a name of recipes/clusters or a file; default: its own"
     )

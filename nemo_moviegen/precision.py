@@ -57,6 +57,7 @@ class Fp8:
     """Steps between lines of fp8.jsonl: largest values, what was cut off and what fell to zero; 0 = none."""
 
     def __post_init__(self):
+        object.__setattr__(self, "bf16_parts", tuple(self.bf16_parts))  # YAML has lists
         if unknown := [part for part in self.bf16_parts if part not in PARTS]:
             raise ValueError(f"fp8.bf16_parts has {', '.join(unknown)}; use some of {', '.join(PARTS)}")
         if self.bf16_layers < 0 or self.report_every < 0:

@@ -32,6 +32,8 @@ RECIPE_FILE = "recipe.yaml"
 """In the folder of every run: its recipe."""
 METRICS_FILE = "metrics.jsonl"
 """Beside it: what the run measured, a line a step."""
+FP8_FILE = "fp8.jsonl"
+"""Beside them: what FP8 linears saw (training/fp8_report.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)

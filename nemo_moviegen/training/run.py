@@ -115,6 +115,7 @@ def _trainer(recipe, module, data, num_ranks, own, other):
 def _callbacks(recipe, module, data, own, other):
     """In the order in which they see a step end: judged, compared, acted on, measured, stopped, saved."""
     from nemo_moviegen.training.callbacks import Metrics
+    from nemo_moviegen.training.fp8_report import Fp8Report
     from nemo_moviegen.training.guard import SkipBadSteps
     from nemo_moviegen.training.heartbeat import Heartbeat
     from nemo_moviegen.training.monitor import Monitor
@@ -138,5 +139,6 @@ def _callbacks(recipe, module, data, own, other):
     stopping, heartbeat = StopWhenAsked(recipe), Heartbeat(recipe)
     stopping.guard = guard
     validating, sampling, saving = map(heartbeat.enters, ("validating", "sampling", "saving"))
-    measured = [guard, monitor, validating, validation, *plateau, sampling, samples, metrics]
+    fp8 = [Fp8Report(recipe)] if is_fp8(recipe.precision) else []
+    measured = [guard, *fp8, monitor, validating, validation, *plateau, sampling, samples, metrics]
     return [*measured, stopping, saving, checkpoints, ProgressPage(recipe), heartbeat]
