@@ -28,6 +28,10 @@ class Layout:
     context_comm: str = "all_gather"
     """How attention crosses context ranks: all_gather (the paper's), a2a or p2p (Transformer Engine only)."""
 
+    overlap: bool = True
+    """Data-parallel ranks exchange gradients behind the backward pass, and weights (sharding=optimizer)
+    behind the forward pass of the next step. With sharding=full they always do."""
+
     def __post_init__(self):
         for axis in ("tensor", "context"):
             if getattr(self, axis) < 1:
@@ -52,9 +56,10 @@ class Layout:
 
     def among(self, num_ranks: int) -> "Layout":
         """This layout as it is built on `num_ranks`: an optimiser that no second rank shares is not shared
-        out, for megatron would send all gradients and weights to where they are."""
-        alone = self.data_parallel(num_ranks) * self.context == 1
-        return replace(self, sharding="none") if alone and self.sharding == "optimizer" else self
+        out, for megatron would send all gradients and weights to where they are, nor is any overlapped."""
+        if self.data_parallel(num_ranks) * self.context > 1:
+            return self
+        return replace(self, overlap=False, sharding=self.sharding.replace("optimizer", "none"))
 
 
 def nearest_bucket(size, latent_shape, divisor):

@@ -121,7 +121,8 @@ def told(found):
         f"{found['recipe']} in {found['precision']} beside bf16, {found['steps']} steps of the same samples: "
         f"loss {ours:.5f} and {bf16:.5f} over the last quarter; difference of all steps "
         f"{found['gap_of_all']:+.3%}, of one at most {found['largest_difference']:.3%}; gradient norm x "
-        f"{found['grad_norm_ratio']:.3f}; skipped {found['skipped']:.0f} and {found['skipped_bf16']:.0f} steps"
+        f"{found['grad_norm_ratio']:.3f}; skipped {found['skipped']:.0f}, "
+        f"bf16 {found['skipped_bf16']:.0f}"
     )
     if found["linears"]:
         table = empty_table(

@@ -66,7 +66,7 @@ class Plan:
     """Of each kind, of all iterations."""
     memory_limit_bytes: float
     notes: tuple[str, ...]
-    """What the numbers leave out, for this recipe and cluster."""
+    """What the numbers leave out, and which collectives travel behind computation."""
 
     @property
     def memory(self) -> Memory:
@@ -251,7 +251,7 @@ def settings_of(recipe) -> Settings:
         recompute=layout.recompute,
         context_comm=layout.context_comm,
         is_full=is_full,
-        state_overlap=is_full,
+        state_overlap=is_full or layout.overlap,
         fp8_share=in_fp8,
     )
 
@@ -267,4 +267,29 @@ def _notes(recipe, cluster):
         notes.append(f"cluster {cluster.name} names no network_gbit_s: what crosses nodes takes no time here")
     if is_fp8(recipe.precision):
         notes.append("FP8: MFU is of the bf16 peak; that linear inputs are kept in FP8 is not counted")
-    return tuple(notes)
+    return (*notes, *_overlaps(recipe.layout, cluster.num_ranks))
+
+
+def _overlaps(layout, num_ranks):
+    """What each kind of collective hides behind, and why where it does not."""
+    if layout.tensor > 1:
+        yield (
+            f"TP{layout.tensor}: what goes into a column-cut linear travels behind a product of its backward "
+            "pass, all else is waited for (Userbuffers would hide it, for one number of tokens: no buckets)"
+        )
+    if layout.context > 1:
+        behind = {
+            "all_gather": "keys and values of some heads travel while others attend",
+            "a2a": "heads change ranks before attention starts, and back: waited for",
+            "p2p": "keys and values go round the ring while those that came attend",
+        }
+        yield f"CP{layout.context}: {behind[layout.context_comm]}"
+    if layout.data_parallel(num_ranks) * layout.context == 1:
+        return
+    if layout.sharding == "full":
+        yield "FSDP: weights and gradients of a layer travel while its neighbours compute"
+    elif layout.overlap:
+        weights = ", weights behind the next forward pass" if layout.sharding == "optimizer" else ""
+        yield f"data parallel: gradients travel behind the last backward pass{weights}"
+    else:
+        yield "data parallel: gradients and weights are waited for; layout.overlap=true hides them"

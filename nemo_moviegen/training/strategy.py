@@ -37,6 +37,6 @@ def ddp_config(layout, precision, gathers_fp8=False) -> DistributedDataParallelC
         data_parallel_sharding_strategy="optim_grads_params" if full else "no_shard",
         fp8_param_gather=gathers_fp8,
         preserve_fp32_weights=is_mixed(precision),  # other precisions train the weights themselves
-        overlap_grad_reduce=full,
-        overlap_param_gather=full,
+        overlap_grad_reduce=full or layout.overlap,
+        overlap_param_gather=full or (layout.overlap and layout.sharding == "optimizer"),
     )

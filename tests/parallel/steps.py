@@ -81,6 +81,8 @@ def two_steps(layout, batches, micro_batch, weights, size=tiny.SIZE, plant=None)
             gradients = _gradients(wrapped, model)
         _, norm, _ = optimizer.step()
         first = first or Steps(loss, outputs, gradients, norm, {})
+    if layout.sharding == "optimizer":  # weights travel when the next forward pass asks for them
+        wrapped.start_param_sync(force_sync=True)
     return replace(first, parameters=_parameters(wrapped, model))
 
 
@@ -137,7 +139,10 @@ def _wrap(model, run):
     full = run.layout.sharding == "full"
     model.config.use_megatron_fsdp = full
     wrapper = FullyShardedDataParallel if full else DistributedDataParallel
-    return wrapper(model.config, ddp_config(run.layout, run.precision), model)
+    wrapped = wrapper(model.config, ddp_config(run.layout, run.precision), model)
+    if wrapped.ddp_config.overlap_grad_reduce:  # as NeMo does
+        model.config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def _optimizer(wrapped, run):
