@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from nemo_moviegen.training.shards import gathers_late
+
 EMPTY = torch.iinfo(torch.int64).min
 """Where a rank has nothing to compare it writes the least number, over which a maximum passes."""
 _CHUNK = {"cpu": 2**17, "cuda": 2**24}  # elements widened to int64 at once: what a cache holds; 128 MiB
@@ -82,7 +84,14 @@ class Monitor(pl.Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         every = self.recipe.guard.check_every
         self.due = every > 0 and (trainer.global_step + 1) % every == 0
-        self.batches, self.noise = [], []
+        self.batches, self.noise, self.checksums = [], [], None
+        self.module = module
+
+    def on_megatron_reduce_microbatches_end(self, reduced):
+        """NeMo's event after a step's passes: where weights travel late, ranks are as one only until the
+        optimiser steps."""
+        if self.due and gathers_late(self.module.module):
+            self.checksums = _checksums(self.module)
 
     def on_megatron_microbatch_end(self, batch, output):
         """NeMo's event after a forward pass; `output` is what the module's training step returned."""
@@ -100,7 +109,7 @@ class Monitor(pl.Callback):
 
     def report(self, module) -> RankReport:
         """This rank's, of the step that has just ended."""
-        checksums = torch.stack([checksum(p) for p in module.parameters()])
+        checksums = _checksums(module) if self.checksums is None else self.checksums
         return RankReport(
             rank=dist.get_rank(),
             tensor=parallel_state.get_tensor_model_parallel_rank(),
@@ -115,6 +124,10 @@ class Monitor(pl.Callback):
             was_applied=not self.guard.reason,
             skipped=self.guard.detector.skipped,
         )
+
+
+def _checksums(module):
+    return torch.stack([checksum(p) for p in module.parameters()])
 
 
 def checksum(tensor) -> torch.Tensor:

@@ -73,6 +73,12 @@ def unwrapped(module) -> VideoTransformer:
     return module
 
 
+def gathers_late(chunk) -> bool:
+    """Whether weights travel from where DDP's `chunk` optimises them only when a forward pass asks for them
+    (`layout.overlap`): until then a rank has old ones. Megatron FSDP's shards are never old."""
+    return chunk.ddp_config.overlap_param_gather and not chunk.ddp_config.use_megatron_fsdp
+
+
 def whole_shards(model) -> list[Shard]:
     """The weights of a model without an optimiser: each rank holds its tensor-parallel parts whole."""
     shares = parallel_state.get_data_parallel_group(with_context_parallel=True)

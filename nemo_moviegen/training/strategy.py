@@ -3,6 +3,7 @@
 import nemo.lightning as nl
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from nemo.lightning.megatron_parallel import MegatronStep
 
 from nemo_moviegen.precision import is_fp8, is_mixed
 from nemo_moviegen.video.model import DTYPES
@@ -21,6 +22,9 @@ def strategy(recipe) -> nl.MegatronStrategy:
         fsdp="megatron" if layout.sharding == "full" else None,
         use_gloo_process_groups=False,  # another checkpoint format's; thousands of ranks meet for minutes
     )
+    # Each step NeMo asks its language models whether one is distilled, and to ask imports them all the first
+    # time: 1,246 modules, 80 MiB
+    MegatronStep.adjust_tensor_shapes_fn = None
     # NeMo's progress printer gathers megatron's timers on rank 0 alone: gloo deadlocks at the next collective
     result.timers = None
     return result

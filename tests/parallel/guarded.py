@@ -27,8 +27,11 @@ def keep_end(trainer, data):
     """Write every parameter, moment and step count of a rank to end<rank>.pt in the run folder."""
     import lightning.pytorch as pl
 
+    from parallel.runs import gather_weights
+
     class KeepEnd(pl.Callback):
         def on_train_end(self, trainer, module):
+            gather_weights(module.module)
             kept = {n: getattr(p, "_local_tensor", p).detach() for n, p in module.named_parameters()}
             optimizer = trainer.optimizers[0].mcore_optimizer
             (optimizer,) = getattr(optimizer, "chained_optimizers", [optimizer])

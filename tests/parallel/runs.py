@@ -13,6 +13,7 @@ from ranks import run_on_ranks
 from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.recipe import LatentData, Layout, Optim, VideoRecipe
 from nemo_moviegen.stopping import Stopped
+from nemo_moviegen.training.shards import gathers_late
 
 
 def write_latents(folder, num_samples=24, seed=0, shapes=(tiny.LATENT_SHAPE,)):
@@ -42,6 +43,12 @@ def recipe(folder, latents, **changes) -> VideoRecipe:
         save_every=3,
     )
     return replace(base, **changes)
+
+
+def gather_weights(chunk):
+    """All weights of DDP's `chunk` as the optimiser left them, also where they travel late."""
+    if gathers_late(chunk):
+        chunk.start_param_sync(force_sync=True)
 
 
 def train_on_ranks(run, num_ranks, before=None):

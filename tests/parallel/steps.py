@@ -25,7 +25,7 @@ from nemo_moviegen.recipe import Optim
 from nemo_moviegen.training import step
 from nemo_moviegen.video.model import VideoTransformer, video_config
 from nemo_moviegen.video.parallel import gather_tokens, pack_of
-from parallel.runs import recipe
+from parallel.runs import gather_weights, recipe
 
 SEED = 7
 OPTIM = Optim(learning_rate=1e-3, clip_grad=0.05)  # far below the norms here: clipping acts
@@ -81,8 +81,7 @@ def two_steps(layout, batches, micro_batch, weights, size=tiny.SIZE, plant=None)
             gradients = _gradients(wrapped, model)
         _, norm, _ = optimizer.step()
         first = first or Steps(loss, outputs, gradients, norm, {})
-    if layout.sharding == "optimizer":  # weights travel when the next forward pass asks for them
-        wrapped.start_param_sync(force_sync=True)
+    gather_weights(wrapped)
     return replace(first, parameters=_parameters(wrapped, model))
 
 
