@@ -187,7 +187,5 @@ def test_an_fp8_recipe_is_refused_on_a_cluster_of_cpus():
     from nemo_moviegen.recipe import override
 
     fp8 = override(recipes.get("video_30b.t2i_256_1536_fp8"), ["cluster=cpu_2", "global_batch=12"])
-    with pytest.raises(
-        ValueError, match="cluster cpu_2 has no GPU: set precision=bf16, or a cluster of H100s"
-    ):
+    with pytest.raises(ValueError, match="cluster cpu_2 has no GPU: set precision=bf16"):
         launch(fp8)

@@ -56,14 +56,16 @@ def slice_of(recipe, cluster, num_layers=0):
 def first_of(num_ranks):
     """This process as the first of `num_ranks` ranks, the others of which are not there: gives the callbacks
     that `training.run.train` has to take along."""
+    from nemo_moviegen.training.alone import MakesGroups, pieces_unchecked
+
     before = dict(os.environ)
     os.environ.update(_ENVIRONMENT, WORLD_SIZE=str(num_ranks))
     if not hasattr(dist.Backend, _BACKEND.upper()):
         dist.Backend.register_backend(_BACKEND, _made, devices=["cpu", "cuda"])
     dist.init_process_group(_BACKEND, rank=0, world_size=num_ranks, store=dist.HashStore())
     try:
-        with _pieces_unchecked():
-            yield [_makes_groups()]
+        with pieces_unchecked():
+            yield [MakesGroups()]
     finally:
         dist.destroy_process_group()
         os.environ.clear()
@@ -97,32 +99,6 @@ def told(facts, layers):
         mfu = f", MFU {facts['mfu_of_all']:.1%}" if facts["mfu_of_all"] else ""
         seconds = facts["step_seconds_of_all"]
         yield f"not measured either, all {facts['of_layers']} layers by these: {seconds:.3f} s{mfu}"
-
-
-@contextlib.contextmanager
-def _pieces_unchecked():
-    """Megatron FSDP of megatron-core 0.15.3 asks all ranks where their pieces of a weight lie, and finds that
-    these lie where the first one's does."""
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer as buffers
-
-    check, buffers.validate_uneven_dtensor = buffers.validate_uneven_dtensor, lambda dtensor: None
-    try:
-        yield
-    finally:
-        buffers.validate_uneven_dtensor = check
-
-
-def _makes_groups():
-    """A Lightning callback: NeMo makes no groups of megatron's where the ranks are there already."""
-    import lightning.pytorch as pl
-
-    class MakesGroups(pl.Callback):
-        def setup(self, trainer, module, stage):
-            from nemo.lightning._strategy_lib import init_model_parallel
-
-            init_model_parallel()
-
-    return MakesGroups()
 
 
 def _made(store, rank, num_ranks, timeout):
