@@ -262,7 +262,8 @@ def bench_command(options):
 
         if len(options.settings) != 2:
             raise ValueError("bench parity takes two folders: a run in FP8, then its twin in bf16")
-        return judge(*options.settings, gap=options.gap or GAP, output=options.json, log=log)
+        gap = GAP if options.gap is None else options.gap
+        return judge(*options.settings, gap=gap, output=options.json, log=log)
     if options.what not in ("steps", "loader", "tae"):
         return _bench_recipe(options, log)
     from nemo_moviegen.bench import autoencoder, loader, steps
@@ -301,7 +302,7 @@ def _bench_recipe(options, log):
     if options.parity:
         from nemo_moviegen.bench.parity import GAP, gate
 
-        more = {"gap": options.gap or GAP, "output": options.json, "log": log}
+        more = {"gap": GAP if options.gap is None else options.gap, "output": options.json, "log": log}
         return gate(recipe, cluster, options.folder, steps=options.steps, **more)
     if options.rank_slice:
         from nemo_moviegen.bench.recipe import bench_recipe

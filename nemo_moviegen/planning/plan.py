@@ -246,7 +246,8 @@ def settings_of(recipe) -> Settings:
     """What `training/strategy.py` and `video/model.py` set, in the planner's words."""
     layout = recipe.layout
     is_full = layout.sharding == "full"
-    in_fp8 = 1 - 2 * recipe.fp8.bf16_layers / recipe.size.num_layers if is_fp8(recipe.precision) else 0.0
+    multiplies = is_fp8(recipe.precision) and not recipe.fp8.emulated
+    in_fp8 = 1 - 2 * recipe.fp8.bf16_layers / recipe.size.num_layers if multiplies else 0.0
     return Settings(
         recompute=layout.recompute,
         context_comm=layout.context_comm,

@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_moviegen.recipe import FP8_FILE
+from nemo_moviegen.training.record import open_after
+from nemo_moviegen.training.shards import unwrapped
 from nemo_moviegen.video.fp8_emulated import FORMATS, Scaling
 
 _ALARMING = 1e-3
@@ -26,6 +28,10 @@ class Fp8Report(pl.Callback):
 
     def __init__(self, recipe):
         self.recipe, self.hooks, self.found = recipe, [], {}
+
+    def on_train_start(self, trainer, module):
+        if trainer.is_global_zero and self.recipe.fp8.report_every:
+            open_after(Path(self.recipe.output, FP8_FILE), trainer.global_step).close()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         every = self.recipe.fp8.report_every
@@ -72,9 +78,7 @@ class Fp8Report(pl.Callback):
 
 def fp8_linears(model):
     """(name, module) of the linears of a `VideoTransformer` that multiply in FP8, emulated or real."""
-    model = getattr(model, "module", model)
-    while hasattr(model, "module"):  # megatron's wrappers
-        model = model.module
+    model = unwrapped(model)
     kept = model.config.num_layers_at_start_in_bf16 if model.config.first_last_layers_bf16 else 0
     last = model.config.num_layers - kept
     for name, module in model.named_modules():
