@@ -121,6 +121,9 @@ def test_a_bound_is_the_larger_of_flops_and_bytes():
     ceiling = roofline.Ceiling(name="x", tflops=1, gbyte_s=1, is_published=True)
     assert roofline.Work(flops=3e12, bytes_=1e9).bound(ceiling) == 3
     assert roofline.Work(flops=1e12, bytes_=2e9).bound(ceiling) == 2
+    assert roofline.Work(flops=1e12, bytes_=2e9).bound_by(ceiling) == "bytes"
+    for tflops in (0.0737, 0.129, 0.185, 0.3):  # also where a division rounds
+        assert roofline.Work(flops=3e9, bytes_=1.0).bound_by(replace(ceiling, tflops=tflops)) == "FLOPs"
 
 
 def test_no_mfu_without_a_published_peak(monkeypatch):
@@ -143,11 +146,24 @@ def test_a_result_above_the_kernels_ceiling_is_called_a_mistake(monkeypatch):
     assert found["counting_error"] in list(told(found))
 
 
+def test_linears_in_fp8_are_held_against_its_peak(monkeypatch):
+    in_fp8 = replace(H100_CEILING, fp8_tflops=1978)
+    assert in_fp8.of("linear").tflops == 1978 and in_fp8.of("attention") == in_fp8 and in_fp8.fastest == 2
+    assert H100_CEILING.of("linear") == H100_CEILING and H100_CEILING.fastest == 1
+    bf16, fp8 = (found_with(monkeypatch, ceiling, seconds=1.0) for ceiling in (H100_CEILING, in_fp8))
+    rows = [found["components"]["linear"] for found in (bf16, fp8)]
+    assert rows[1]["bound_seconds"] == max(rows[0]["flops"] / 1978e12, rows[0]["bytes"] / 3350e9)
+    share = bf16["hfu"] / 0.9  # of a step so short that HFU is 90%
+    assert found_with(monkeypatch, H100_CEILING, seconds=share)["counting_error"]
+    assert not found_with(monkeypatch, in_fp8, seconds=share)["counting_error"]
+
+
 def test_known_gpus_have_the_peaks_of_their_data_sheets(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3", raising=False)
     ceiling = roofline.ceiling_here("bf16")
     assert (ceiling.tflops, ceiling.gbyte_s, ceiling.is_published) == (H100.bf16_peak, H100.memory_peak, True)
+    assert ceiling.fp8_tflops == 0 and roofline.ceiling_here("fp8_block").fp8_tflops == H100.fp8_peak
 
 
 def test_a_benched_recipe_writes_nowhere_else(tmp_path):

@@ -107,7 +107,8 @@ def found_of(recipe, plan, watched, metrics) -> dict:
     """Everything as plain values, of the first kind of iteration of the recipe's `Plan`; `mfu` is None where
     the hardware's peak is not known."""
     iteration, ranks = plan.iterations[0], plan.num_ranks
-    seconds, ceiling = statistics.median(watched.step_seconds), ceiling_here(recipe.precision)
+    seconds = statistics.median(watched.step_seconds)
+    ceiling = ceiling_here("bf16" if recipe.fp8.emulated else recipe.precision)
     flops, peak = (iteration.model_flops, iteration.recomputed_flops), ceiling.tflops * ceiling.is_published
     used = utilisation(*flops, seconds, ranks, peak)
     mfu, hfu = used.get("speed/mfu"), used.get("speed/hfu")
@@ -136,7 +137,7 @@ def found_of(recipe, plan, watched, metrics) -> dict:
         "mfu": mfu,
         "hfu": hfu,
         "why_no_mfu": "" if mfu else f"the dense peak of {ceiling.name} is not in planning/hardware.py",
-        "counting_error": counting_error(hfu) if hfu else "",
+        "counting_error": counting_error(hfu, ceiling.fastest) if hfu else "",
         "data_wait": statistics.median(line["speed/data_wait"] for line in metrics),
         "memory": {name: metrics[-1][name] for name in metrics[-1] if name.startswith("memory/")},
         "planned_peak_gib": plan.memory.peak_bytes / 2**30,
@@ -197,11 +198,11 @@ def _components(profiled, work, ceiling, step_seconds):
     rows = {}
     for name, seconds in profiled.items():
         row = {"seconds": seconds / total * step_seconds, "share": seconds / total}
-        bound = work[name].bound(ceiling) if name in work else None
+        own = ceiling.of(name)
+        bound = work[name].bound(own) if name in work else None
         row |= {"bound_seconds": bound, "bound_by": None, "of_bound": None}
         if bound:
-            by_flops = work[name].flops / ceiling.tflops / 1e12 >= bound
-            row |= {"bound_by": "FLOPs" if by_flops else "bytes", "of_bound": bound / row["seconds"]}
+            row |= {"bound_by": work[name].bound_by(own), "of_bound": bound / row["seconds"]}
             row |= {"flops": work[name].flops, "bytes": work[name].bytes_}
         rows[name] = row
     return rows

@@ -2,7 +2,7 @@
 bandwidth."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from nemo_moviegen.flops import forward_flops
 from nemo_moviegen.planning.hardware import GPUS
 from nemo_moviegen.planning.weights import held_by_tensor_rank, in_layers
 from nemo_moviegen.planning.work import OPTIMIZER_BYTES, layer_work
+from nemo_moviegen.precision import is_fp8
 
 _WHOLE = ("time_embedding", "context_projections", "modulation")  # every rank of a copy computes them
 _CUT = ("patch_embedding", "head")
@@ -21,10 +22,21 @@ class Ceiling:
 
     name: str
     tflops: float
-    """Of matrix products in the recipe's precision."""
+    """Of matrix products in the recipe's precision; in FP8, of those that are in bf16 there."""
+    fp8_tflops: float = 0.0
+    """Of the layers' linears where they are in FP8; else 0."""
     gbyte_s: float
     is_published: bool
     """From a data sheet; else measured here, and no MFU can be taken to it."""
+
+    def of(self, component) -> "Ceiling":
+        """The ceiling of one component of components.py."""
+        return replace(self, tflops=self.fp8_tflops) if self.fp8_tflops and component == "linear" else self
+
+    @property
+    def fastest(self) -> float:
+        """TFLOP/s of the fastest products, in those of `tflops`."""
+        return max(1.0, self.fp8_tflops / self.tflops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +48,32 @@ class Work:
 
     def bound(self, ceiling) -> float:
         """Seconds it takes at least."""
-        return max(self.flops / (ceiling.tflops * 1e12), self.bytes_ / (ceiling.gbyte_s * 1e9))
+        return max(self._seconds(ceiling).values())
+
+    def bound_by(self, ceiling) -> str:
+        """FLOPs or bytes: which of them takes so long."""
+        seconds = self._seconds(ceiling)
+        return max(seconds, key=seconds.get)
+
+    def _seconds(self, ceiling):
+        return {
+            "FLOPs": self.flops / (ceiling.tflops * 1e12),
+            "bytes": self.bytes_ / (ceiling.gbyte_s * 1e9),
+        }
 
 
 def ceiling_here(precision) -> Ceiling:
-    """Of this process's GPU, if `planning/hardware.py` knows it; else the best of some products and
-    copies."""
+    """Of this process's GPU, if `planning/hardware.py` knows it; else the best of some products and copies.
+
+    `precision` is one of precision.py, bf16 where FP8 is emulated.
+    """
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         known = next((gpu for gpu in GPUS.values() if gpu.name in name.lower()), None)
         if known is not None:
-            return Ceiling(name=name, tflops=known.bf16_peak, gbyte_s=known.memory_peak, is_published=True)
+            fp8 = known.fp8_peak if is_fp8(precision) else 0.0
+            peaks = {"tflops": known.bf16_peak, "fp8_tflops": fp8, "gbyte_s": known.memory_peak}
+            return Ceiling(name=name, is_published=True, **peaks)
     else:
         from nemo_moviegen.bench.measure import environment
 
