@@ -1,7 +1,8 @@
-"""Lets megatron-core 0.15.3 and NeMo 2.7.3 run without CUDA: the one place here that patches anything.
+"""Lets megatron-core 0.15.3 and NeMo 2.7.3 run without CUDA.
 
 `stand_in_for_cuda()` does nothing where CUDA exists. Elsewhere it makes the few CUDA names that both
-libraries use without asking answer for the CPU. Each patch below says who needs it.
+libraries use without asking answer for the CPU. Each patch below says who needs it. What is patched on all
+machines: strategy.py keeps NeMo's language models out, alone.py serves a rank slice.
 """
 
 import contextlib
