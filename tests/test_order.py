@@ -20,6 +20,19 @@ def test_image_steps_are_one_in_image_every():
         assert (order.shape(step)[0] == 1) == (order.kind(step) == "image")
 
 
+@pytest.mark.parametrize("batching", ["bucket", "balanced"])
+def test_a_step_is_the_same_whenever_it_is_asked_for(batching):
+    def order():
+        return BatchOrder(SHAPES, 4, 0, 3, batching=batching, cost=(1, 0.1))
+
+    asked = order()
+    for step in (3, 19, 3, 35, 19, 4, 3, 20, 35, 51, 4, 0):  # 16 apart share a place
+        assert asked.batch(step) == order().batch(step)
+        assert asked.shape_counts(step) == order().shape_counts(step)
+    with pytest.raises(ValueError, match="steps count from 0"):
+        asked.batch(-1)
+
+
 def test_zero_means_no_images_and_one_means_only_images():
     assert {BatchOrder(SHAPES, 4, 0, 0).kind(step) for step in range(30)} == {"video"}
     assert {BatchOrder(SHAPES, 4, 0, 1).kind(step) for step in range(30)} == {"image"}

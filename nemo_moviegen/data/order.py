@@ -33,6 +33,8 @@ from nemo_moviegen.data.balance import balanced, imbalance
 from nemo_moviegen.data.packing import PackPlan
 from nemo_moviegen.data.shuffle import key_of, keys_of_epochs, shuffled
 
+_STEPS_KNOWN = 16
+"""Whose samples are kept: more than a loader is ahead."""
 _COMMANDS = {
     "image": "run `moviegen encode` on a manifest with image rows (`moviegen shapes` makes some), or set "
     "data.image_every=0",
@@ -94,6 +96,7 @@ class BatchOrder:
         self._cost_S = linear * self.tokens_S.astype(float) + quadratic * self.tokens_S.astype(float) ** 2
         if batching == "packed" and self._kinds["video"]:
             self.plan = self._plan_packs(max_tokens)
+        self._known = [(None, None)] * _STEPS_KNOWN
 
     @property
     def contents(self) -> list[list[int]]:
@@ -174,7 +177,17 @@ class BatchOrder:
         )
 
     def _samples(self, step):
-        """(rows_N, epochs_N, index of shapes_N, sizes_P): the step's samples in pieces, its micro-batches."""
+        """(rows_N, epochs_N, index of shapes_N, sizes_P): the step's samples in pieces, its micro-batches.
+
+        The loader asks for a step when it reads it, and who measures the step when it is over.
+        """
+        known_step, samples = self._known[step % len(self._known)]
+        if known_step != step:
+            samples = self._worked_out(step)
+            self._known[step % len(self._known)] = step, samples
+        return samples
+
+    def _worked_out(self, step):
         if step < 0:
             raise ValueError(f"step {step}: steps count from 0")
         kind = self.kind(step)
