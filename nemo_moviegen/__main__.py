@@ -258,12 +258,11 @@ def bench_command(options):
 
     log = Console(width=120).print
     if options.what == "parity":
-        from nemo_moviegen.bench.parity import GAP, judge
+        from nemo_moviegen.bench.parity import judge
 
         if len(options.settings) != 2:
             raise ValueError("bench parity takes two folders: a run in FP8, then its twin in bf16")
-        gap = GAP if options.gap is None else options.gap
-        return judge(*options.settings, gap=gap, output=options.json, log=log)
+        return judge(*options.settings, gap=options.gap, output=options.json, log=log)
     if options.what not in ("steps", "loader", "tae"):
         return _bench_recipe(options, log)
     from nemo_moviegen.bench import autoencoder, loader, steps
@@ -300,9 +299,9 @@ def _bench_recipe(options, log):
     cluster = read_cluster(recipe.cluster)
     numbers = {"steps": options.steps, "warm_up": options.warm_up, "profiled": options.profiled}
     if options.parity:
-        from nemo_moviegen.bench.parity import GAP, gate
+        from nemo_moviegen.bench.parity import gate
 
-        more = {"gap": GAP if options.gap is None else options.gap, "output": options.json, "log": log}
+        more = {"gap": options.gap, "output": options.json, "log": log}
         return gate(recipe, cluster, options.folder, steps=options.steps, **more)
     if options.rank_slice:
         from nemo_moviegen.bench.recipe import bench_recipe

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nemo_moviegen.cluster import check_on_cluster, placed, read_cluster
 from nemo_moviegen.planning.search import memory_problem
-from nemo_moviegen.precision import is_fp8
+from nemo_moviegen.precision import multiplies_fp8
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, recipe_yaml
 from nemo_moviegen.stopping import Stopped
 from nemo_moviegen.writable import why_not_writable
@@ -68,13 +68,13 @@ def must_start_ranks(cluster, how) -> bool:
 def check_run(recipe, cluster):
     """ValueError where layout, batch, memory or number format do not fit the cluster; looks at no path."""
     check_on_cluster(recipe, cluster)
-    in_fp8 = is_fp8(recipe.precision) and not recipe.fp8.emulated
-    if in_fp8 and cluster.accelerator == "cpu":
+    is_video = not isinstance(recipe, TaeRecipe)  # an autoencoder has no FP8, and no plan
+    if is_video and multiplies_fp8(recipe.precision, recipe.fp8) and cluster.accelerator == "cpu":
         raise ValueError(
             f"{recipe.name} trains in {recipe.precision}, and cluster {cluster.name} has no GPU: set "
             "precision=bf16, fp8.emulated=true to try out its numbers, or a cluster of H100s"
         )
-    if not isinstance(recipe, TaeRecipe) and (problem := memory_problem(recipe, cluster)):
+    if is_video and (problem := memory_problem(recipe, cluster)):
         raise ValueError(f"{problem}; or set memory_gib of the cluster to what its ranks have")
 
 

@@ -27,7 +27,6 @@ class Layout:
     gather of keys and values over context ranks); or full (every layer)."""
     context_comm: str = "all_gather"
     """How attention crosses context ranks: all_gather (the paper's), a2a or p2p (Transformer Engine only)."""
-
     overlap: bool = True
     """Data-parallel ranks exchange gradients behind the backward pass, and weights (sharding=optimizer)
     behind the forward pass of the next step. With sharding=full they always do."""

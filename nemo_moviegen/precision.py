@@ -81,10 +81,15 @@ def is_fp8(precision) -> bool:
     return precision in FP8
 
 
+def multiplies_fp8(precision, fp8) -> bool:
+    """Whether that is done by a GPU's FP8 units, and not emulated."""
+    return is_fp8(precision) and not fp8.emulated
+
+
 def fp8_settings(precision, fp8) -> dict:
     """Megatron's settings, by the names its configuration and NeMo's precision plugin share; {} without FP8,
     and where it is emulated: then megatron's layers are bf16's."""
-    if not is_fp8(precision) or fp8.emulated:
+    if not multiplies_fp8(precision, fp8):
         return {}
     ends = {"num_layers_at_start_in_bf16": fp8.bf16_layers, "num_layers_at_end_in_bf16": fp8.bf16_layers}
     return {

@@ -24,7 +24,7 @@ _MAY_DIFFER = ("name", "output", "precision", "fp8")
 _MOST_LINEARS = 5
 
 
-def gate(recipe, cluster, folder, *, steps, gap=GAP, output=None, log=print) -> int:
+def gate(recipe, cluster, folder, *, steps, gap=None, output=None, log=print) -> int:
     """Train the recipe and its twin in bf16 for so many steps on this machine, then `judge` them.
 
     Returns the exit code: 0, 1 where the gap is too large, or that of ranks that failed. ValueError for a
@@ -58,10 +58,11 @@ def gate(recipe, cluster, folder, *, steps, gap=GAP, output=None, log=print) -> 
     return judge(folder / "fp8", folder / "bf16", gap=gap, output=output, log=log)
 
 
-def judge(run_folder, reference_folder, *, gap=GAP, output=None, log=print) -> int:
-    """Compare two finished runs, say what was found and return 0, or 1 where the gap is larger than `gap`."""
-    found = compare(run_folder, reference_folder) | {"allowed": gap}
-    found["passes"] = found["gap"] <= gap and found["skipped"] <= found["skipped_bf16"]
+def judge(run_folder, reference_folder, *, gap=None, output=None, log=print) -> int:
+    """Compare two finished runs, say what was found and return 0, or 1 where the gap is larger than `gap`
+    (default: `GAP`)."""
+    found = compare(run_folder, reference_folder) | {"allowed": GAP if gap is None else gap}
+    found["passes"] = found["gap"] <= found["allowed"] and found["skipped"] <= found["skipped_bf16"]
     for part in told(found):
         log(part)
     if output:

@@ -16,7 +16,7 @@ from nemo_moviegen.planning.share import Share, share_of
 from nemo_moviegen.planning.step_time import Links, Settings, Step, step_of
 from nemo_moviegen.planning.weights import CUT_BY_TENSOR, held_by_tensor_rank, in_layers
 from nemo_moviegen.planning.work import layer_work
-from nemo_moviegen.precision import is_fp8
+from nemo_moviegen.precision import is_fp8, multiplies_fp8
 from nemo_moviegen.recipe import TaeRecipe
 from nemo_moviegen.utilisation import step_flops, utilisation
 
@@ -246,8 +246,9 @@ def settings_of(recipe) -> Settings:
     """What `training/strategy.py` and `video/model.py` set, in the planner's words."""
     layout = recipe.layout
     is_full = layout.sharding == "full"
-    multiplies = is_fp8(recipe.precision) and not recipe.fp8.emulated
-    in_fp8 = 1 - 2 * recipe.fp8.bf16_layers / recipe.size.num_layers if multiplies else 0.0
+    in_fp8 = 0.0
+    if multiplies_fp8(recipe.precision, recipe.fp8):
+        in_fp8 = 1 - 2 * recipe.fp8.bf16_layers / recipe.size.num_layers
     return Settings(
         recompute=layout.recompute,
         context_comm=layout.context_comm,

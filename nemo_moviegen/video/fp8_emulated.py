@@ -86,12 +86,16 @@ def emulated_linear(x, weight, scaling):
     return functional.linear(x, weight) if _off else _Emulated.apply(x, weight, scaling)
 
 
-class EmulatedColumn(Column):
-    """Whose rows tensor ranks share out."""
+class _Scaled:
+    """Before one of megatron's classes: it has a `Scaling`."""
 
     def __init__(self, *args, config, **kwargs):
         super().__init__(*args, config=config, **kwargs)
         self.scaling = Scaling(config.emulated_fp8)
+
+
+class EmulatedColumn(_Scaled, Column):
+    """Whose rows tensor ranks share out."""
 
     def forward(self, x):
         if self.config.sequence_parallel:
@@ -101,12 +105,8 @@ class EmulatedColumn(Column):
         return emulated_linear(x, self.weight, self.scaling), None
 
 
-class EmulatedRow(Row):
+class EmulatedRow(_Scaled, Row):
     """Whose columns they share out."""
-
-    def __init__(self, *args, config, **kwargs):
-        super().__init__(*args, config=config, **kwargs)
-        self.scaling = Scaling(config.emulated_fp8)
 
     def forward(self, x):
         part = emulated_linear(x, self.weight, self.scaling)

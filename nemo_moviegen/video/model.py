@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from nemo_moviegen.precision import MIXED, Fp8, fp8_settings, is_fp8, is_mixed
+from nemo_moviegen.precision import MIXED, Fp8, fp8_settings, is_fp8, is_mixed, multiplies_fp8
 from nemo_moviegen.sizes import TransformerSize
 from nemo_moviegen.video.embeddings import (
     ContextProjections,
@@ -93,7 +93,7 @@ def video_config(
     ValueError where `layout.context_comm` or FP8 needs Transformer Engine and the model is built without it.
     """
     fp8 = fp8 or Fp8()
-    if is_fp8(precision) and not uses_transformer_engine and not fp8.emulated:
+    if multiplies_fp8(precision, fp8) and not uses_transformer_engine:
         raise ValueError(
             f"precision={precision} is Transformer Engine's alone (on a GPU): set precision=bf16, or "
             "fp8.emulated=true to try out its numbers"
@@ -103,6 +103,8 @@ def video_config(
             f"layout.context_comm={layout.context_comm} is Transformer Engine's alone (bf16 on a GPU): set "
             "layout.context_comm=all_gather, or layout.context=1"
         )
+    emulates = is_fp8(precision) and fp8.emulated
+    in_fp8 = range(fp8.bf16_layers, size.num_layers - fp8.bf16_layers)
     dtype = DTYPES[precision]
     std = (2 / (5 * size.width)) ** 0.5  # "small init", our default: the paper states none
     return VideoConfig(
@@ -110,10 +112,8 @@ def video_config(
         uses_transformer_engine=uses_transformer_engine,
         compiles=compiles,
         fp8_parts=fp8.parts if is_fp8(precision) else (),
-        emulated_fp8=precision if is_fp8(precision) and fp8.emulated else "",
-        emulated_layers=tuple(range(size.num_layers)[fp8.bf16_layers : size.num_layers - fp8.bf16_layers])
-        if is_fp8(precision) and fp8.emulated
-        else (),
+        emulated_fp8=precision if emulates else "",
+        emulated_layers=tuple(in_fp8) if emulates else (),
         num_layers=size.num_layers,
         hidden_size=size.width,
         ffn_hidden_size=size.ffn_width,
