@@ -24,6 +24,7 @@ from nemo_moviegen.bench.roofline import ceiling_here, work_of
 from nemo_moviegen.cluster import placed
 from nemo_moviegen.data.random_latents import write_random_latents
 from nemo_moviegen.planning.plan import IMAGES, kinds_of, make_plan
+from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.recipe import METRICS_FILE, TaeRecipe, recipe_yaml
 from nemo_moviegen.utilisation import counting_error, utilisation
 
@@ -108,7 +109,8 @@ def found_of(recipe, plan, watched, metrics) -> dict:
     the hardware's peak is not known."""
     iteration, ranks = plan.iterations[0], plan.num_ranks
     seconds = statistics.median(watched.step_seconds)
-    ceiling = ceiling_here("bf16" if recipe.fp8.emulated else recipe.precision)
+    emulates = is_fp8(recipe.precision) and recipe.fp8.emulated
+    ceiling = ceiling_here("bf16" if emulates else recipe.precision)
     flops, peak = (iteration.model_flops, iteration.recomputed_flops), ceiling.tflops * ceiling.is_published
     used = utilisation(*flops, seconds, ranks, peak)
     mfu, hfu = used.get("speed/mfu"), used.get("speed/hfu")
