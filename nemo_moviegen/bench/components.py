@@ -21,7 +21,7 @@ _SCOPE = "moviegen::"
 _EMBEDDINGS = ("patch_embedding", "positions", "context_projections", "modulation", "time_embedding", "head")
 _COMMUNICATION = ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel", "echo::")
 _ATTENTION = ("scaled_dot_product", "FusedAttn", "fused_attn", "flash_attention", "AttnFunc")
-_LINEAR = ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "gemm", "_Linear")
+_LINEAR = ("aten::mm", "aten::addmm", "aten::bmm", "gemm", "_Linear")
 _GRADIENT_SUM = "AccumulateGrad"
 _BACKWARD = "autograd::engine::evaluate_function"
 

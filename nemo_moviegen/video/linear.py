@@ -2,9 +2,7 @@
 
 On one tensor rank megatron's linears go through an autograd function in Python for collectives that nobody
 needs, 3% of a demo's step. Here the weight's gradient is added where megatron sums it over micro-batches, in
-the product itself (its gradient_accumulation_fusion, which on GPUs needs NVIDIA Apex). In fp32 the products
-are oneDNN's: of an EPYC core MKL, which torch.matmul takes, gets 81 to 97 GFLOP/s in a demo's linears and 79
-to 93 in those of a model 512 wide, oneDNN 90 to 104 and 98 to 102.
+the product itself (its gradient_accumulation_fusion, which on GPUs needs NVIDIA Apex).
 """
 
 import torch
@@ -41,29 +39,21 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         ctx.parameter = weight if _is_summed_by_megatron(weight) else None
-        return _product(x, weight)
+        return functional.linear(x, weight)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         x_RK, grad_RN = x.flatten(0, -2), grad.flatten(0, -2)
         if ctx.parameter is None:
-            return _product(grad, weight.t()), grad_RN.t() @ x_RK
+            return grad @ weight, grad_RN.t() @ x_RK
         ctx.parameter.main_grad.addmm_(grad_RN.t(), x_RK)
         ctx.parameter.grad_added_to_main_grad = True
         # megatron's hook waits for a gradient, and drops this one
-        return _product(grad, weight.t()), torch.empty_like(weight)
+        return grad @ weight, torch.empty_like(weight)
 
 
 def _is_summed_by_megatron(weight):
     """Whether megatron's DDP has given it a place for its gradient; Megatron FSDP makes and frees its own."""
     main_grad = getattr(weight, "main_grad", None)
     return main_grad is not None and main_grad.dtype == weight.dtype and not hasattr(weight, "__fsdp_param__")
-
-
-def _product(x, weight):
-    """oneDNN's in fp32: what torch.compile makes of a linear on a CPU; torch 2.13 has no public name for
-    it."""
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return functional.linear(x, weight)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
