@@ -222,32 +222,38 @@ def demo_command(options):
 
 def generate_command(options):
     """Make videos from prompts."""
-    from nemo_moviegen.generate import generate
+    from nemo_moviegen.generation.checks import find_bucket
+    from nemo_moviegen.generation.generate import generate
+    from nemo_moviegen.generation.rewrite import find_rewrite
+    from nemo_moviegen.inputs import Bucket
+    from nemo_moviegen.layout import Layout
 
     prompts = list(options.prompts)
     if options.prompts_file:
-        lines = Path(options.prompts_file).read_text(encoding="utf-8").splitlines()
-        prompts += [line.strip() for line in lines if line.strip()]
-    height_px, width_px = options.size
-    files = generate(
-        options.run_folder,
+        text = Path(options.prompts_file).read_text(encoding="utf-8-sig", errors="replace")
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if options.bucket and (options.frames or options.size):
+        raise ValueError(f"--bucket {options.bucket} says the shape: drop --frames and --size")
+    height_px, width_px = options.size or (768, 768)
+    frames = 256 if options.frames is None else options.frames
+    bucket = (
+        find_bucket(options.bucket)
+        if options.bucket
+        else Bucket(num_frames=frames, height_px=height_px, width_px=width_px, fps=16)
+    )
+    made = generate(
+        _models(options),
         prompts,
         options.output,
-        autoencoder_folder=options.autoencoder,
-        encoders_folder=options.encoders,
-        latents_folder=options.latents,
-        num_frames=options.frames,
-        height_px=height_px,
-        width_px=width_px,
-        fps=options.fps,
-        num_steps=options.steps,
-        guidance_scale=options.guidance,
-        seed=options.seed,
-        batch_size=options.batch,
+        bucket if options.fps is None else replace(bucket, fps=options.fps),
+        _sampler(options),
         tiling=_tiling(options, options.autoencoder),
         task=options.task,
+        layout=Layout(tensor=options.tensor, context=options.context),
+        rewrite=find_rewrite(options.rewrite),
     )
-    print(*files, sep="\n") if files else print("nothing to do: the samples of this task are there")
+    if made:  # the first rank says it
+        print(*made, sep="\n")
 
 
 def bench_command(options):
@@ -330,6 +336,10 @@ def _bench_recipe(options, log):
 
 def evaluate_command(options):
     """Measure a trained model."""
+    return {"tae": _evaluate_tae, "shapes": _evaluate_shapes}[options.what](options)
+
+
+def _evaluate_tae(options):
     from nemo_moviegen.evaluation.autoencoder import REPORT, evaluate_autoencoder
     from nemo_moviegen.evaluation.rows import notes, results_table
     from nemo_moviegen.tables import show
@@ -352,6 +362,54 @@ def evaluate_command(options):
     if metrics:  # one rank has them
         show(results_table(metrics))
         print(*notes(metrics), Path(options.output) / REPORT, sep="\n")
+
+
+def _evaluate_shapes(options):
+    from nemo_moviegen.evaluation.scores import scores_note, scores_table
+    from nemo_moviegen.evaluation.shapes import SCORES, evaluate_shapes
+    from nemo_moviegen.tables import show
+
+    scores = evaluate_shapes(
+        _models(options),
+        options.output,
+        num_seen=options.seen,
+        num_heldout=options.heldout,
+        num_frames=options.frames,
+        size_px=options.size,
+        rates=options.fps,
+        shapes_seed=options.shapes_seed,
+        sampler=_sampler(options),
+        tiling=_tiling(options, options.autoencoder),
+    )
+    if scores:  # one rank has them
+        show(scores_table(scores))
+        print(scores_note(scores), Path(options.output) / SCORES, sep="\n")
+
+
+def _models(options):
+    from nemo_moviegen.generation.generate import Models
+
+    return Models(
+        run=options.run_folder,
+        autoencoder=options.autoencoder,
+        encoders=options.encoders,
+        latents=options.latents,
+        weights=options.weights,
+    )
+
+
+def _sampler(options):
+    from nemo_moviegen.sampling import Sampler
+
+    return Sampler(
+        method=options.method,
+        schedule=options.schedule,
+        num_steps=options.steps,
+        emulated_steps=options.emulated_steps,
+        guidance_scale=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch,
+    )
 
 
 def report_command(options):

@@ -144,30 +144,39 @@ def _parser():
         "--fresh", action="store_true", help="forget what an earlier demo did; else its finished stages stand"
     )
 
-    add = command("generate", "make videos from prompts")
+    add = command("generate", "make videos or images from prompts; under torchrun on several ranks")
     add("run_folder", help="run folder of a video model")
     add("prompts", nargs="*", help="one prompt a video")
     add("--prompts-file", help="text file with one prompt a line")
-    add("--output", required=True, help="folder for the videos")
-    add("--autoencoder", required=True, help="run folder of the autoencoder")
-    add("--encoders", required=True, help="folder of the text encoders")
+    _add_models(add)
+    add("--output", required=True, help="folder for the videos; what is there already is not made again")
+    add("--bucket", metavar="SET/TxHxW", help="shape and rate of a bucket set, as video_768/256x576x1024")
+    add("--frames", type=int, help="frames of a video; 1 makes images (256)")
+    add("--size", type=_frame_size, metavar="HxW", help="in pixels (768x768)")
+    add("--fps", type=float, help="frames a second (16, or the bucket's)")
     add(
-        "--latents",
-        required=True,
-        help="folder of the latents the model was trained on: statistics, empty prompt",
+        "--rewrite",
+        default="",
+        metavar="HOW",
+        help="prompts as captions are: rules, or folder of a language model",
     )
-    add("--frames", type=int, default=256, help="frames of a video; 1 makes images (%(default)s)")
-    add("--size", type=_frame_size, default=(768, 768), metavar="HxW", help="in pixels (768x768)")
-    add("--fps", type=float, default=16, help="frames a second (%(default)s)")
-    add("--steps", type=int, default=50, help="sampling steps (%(default)s)")
-    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
-    add("--seed", type=int, default=0)
-    add("--batch", type=int, default=4, help="prompts sampled at once (%(default)s)")
+    _add_sampler(add)
+    add("--tensor", type=int, default=1, help="ranks that share the matrices of a layer (%(default)s)")
+    add("--context", type=int, default=1, help="ranks that share the tokens of a video (%(default)s)")
     add("--task", type=_task, default=(0, 1), metavar="I/N", help="make one part of N, what is not there yet")
     _add_tiles(add)
 
-    add = command("evaluate", "measure a trained model on held-out clips: numbers, pictures and a page")
-    add("what", choices=("tae",), help="tae: how well an autoencoder reconstructs, and its latents' outliers")
+    of_evaluate = commands.add_parser(
+        "evaluate", help="measure a trained model", description="measure a trained model."
+    ).add_subparsers(title="what", metavar="WHAT", required=True)
+
+    def measure(name, help):
+        added = of_evaluate.add_parser(name, help=help, description=f"{help}.", allow_abbrev=False)
+        added.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+        added.set_defaults(command="evaluate", what=name)
+        return added.add_argument
+
+    add = measure("tae", "how well an autoencoder reconstructs held-out clips: numbers, pictures and a page")
     add("run_folder", metavar="RUN", help="run folder of the autoencoder")
     add("clips", metavar="CLIPS", help="manifest (held-out clips, if it has any), video, or folder of videos")
     add("--against", nargs="+", default=[], metavar="RUN", help="further runs to measure on the same frames")
@@ -187,6 +196,25 @@ def _parser():
     add(
         "--task", type=_task, default=(0, 1), metavar="I/N", help="measure one part of N; the last one writes"
     )
+    _add_tiles(add)
+
+    add = measure("shapes", "how often a model trained on Moving Shapes draws what the prompt says")
+    add("run_folder", metavar="RUN", help="run folder of a video model")
+    _add_models(add)
+    add("--output", default="out/shapes", help="folder for the videos and scores (%(default)s)")
+    add("--seen", type=int, default=192, help="prompts of combinations trained on (%(default)s)")
+    add("--heldout", type=int, default=48, help="prompts of combinations held out of training (%(default)s)")
+    add("--frames", type=int, default=16, help="frames of a video; 1 makes images (%(default)s)")
+    add("--size", type=int, default=64, help="height and width in pixels (%(default)s)")
+    add(
+        "--fps",
+        type=float,
+        nargs="+",
+        default=[16.0],
+        help="frame rates, each asked for by every prompt (16)",
+    )
+    add("--shapes-seed", type=int, default=0, help="seed the clips were rendered with (%(default)s)")
+    _add_sampler(add, batch=16)
     _add_tiles(add)
 
     add = command("bench", "measure the training steps of a recipe, or ways to do the same work, in turns")
@@ -235,6 +263,25 @@ def _parser():
     add("folder", nargs="?", default="out/demo", help="folder of the demo (%(default)s)")
     add("--output", help="the page; default: report.html in the folder")
     return parser
+
+
+def _add_models(add):
+    """The folders of `generation.generate.Models`, but for the run's."""
+    add("--autoencoder", required=True, help="run folder of the autoencoder")
+    add("--encoders", required=True, help="folder of the text encoders")
+    add("--latents", required=True, help="latents the model was trained on: statistics, empty prompt")
+    add("--weights", default="", choices=("ema", "weights"), help="default: the average where there is one")
+
+
+def _add_sampler(add, batch=4):
+    """`sampling.Sampler`."""
+    add("--method", default="euler", choices=("euler", "midpoint"), help="how a step is taken (%(default)s)")
+    add("--schedule", default="linear-quadratic", choices=("linear-quadratic", "linear"))
+    add("--steps", type=int, default=50, help="sampling steps (%(default)s)")
+    add("--emulated-steps", type=int, default=250, help="N of the linear-quadratic schedule (%(default)s)")
+    add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
+    add("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    add("--batch", type=int, default=batch, help="prompts sampled at once (%(default)s)")
 
 
 def _add_tiles(add):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_moviegen.report_charts import AUTOENCODER_REPORT
+from nemo_moviegen.report_scores import SHAPES_SCORES
 from nemo_moviegen.watch import run_watched
 
 STAGES_FILE = "stages.json"
@@ -23,6 +24,8 @@ NUM_CLIPS, NUM_HELDOUT = 600, 24
 NUM_MEASURED = 12
 """Held-out clips, and images, that the autoencoder and the image autoencoder rebuild for the comparison."""
 NUM_SEEN_PROMPTS, NUM_HELDOUT_PROMPTS = 4, 2
+"""Shown on the page; further ones are made to be counted."""
+NUM_SEEN_SCORED, NUM_HELDOUT_SCORED = 48, 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +99,10 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
     generate = ("generate", out / "t2iv", "--prompts-file", out / PROMPTS_FILE, "--output", out / "generated")
     generate += ("--autoencoder", out / "tae", "--encoders", encoders, "--latents", latents)
     generate += ("--frames", frames, "--size", size, "--fps", fps)
+    score = ("evaluate", "shapes", out / "t2iv", "--autoencoder", out / "tae", "--encoders", encoders)
+    score += ("--latents", latents, "--seen", max(2, round(NUM_SEEN_SCORED * min(scale, 1))))
+    score += ("--heldout", max(1, round(NUM_HELDOUT_SCORED * min(scale, 1))))
+    score += ("--output", out / SHAPES_SCORES.parent)
     evaluate = ("evaluate", "tae", out / "tae", manifest, "--against", out / "tae_image", "--seconds", 1)
     evaluate += ("--limit", NUM_MEASURED, "--output", out / AUTOENCODER_REPORT.parent)
     report = out / "report.html"
@@ -108,6 +115,7 @@ def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
         _stage("images", (t2i_train,), out / "t2i", resumes=True),
         _stage("images and video", (t2iv_train,), out / "t2iv", resumes=True),
         _stage("generate", (generate,), out / "generated"),
+        _stage("scores", (score,), out / SHAPES_SCORES.parent),
         _stage("report", (("report", out, "--output", report),), report),
     ]
 

@@ -3,13 +3,65 @@
 Axis letters: B clips, T frames, C channels, H W height and width. t = 0 is noise, t = 1 is data.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from nemo_moviegen import flow
 
+STEPS = {"euler": flow.euler_step, "midpoint": flow.midpoint_step}
+"""How a step is taken. Euler is the paper's choice for video, midpoint for audio (s3.4, s6.1.4)."""
+SCHEDULES = ("linear-quadratic", "linear")
 
-def sample_latents(velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_scale, progress=None):
-    """Euler from noise (t = 0) to data (t = 1) with classifier-free guidance (s3.4); returns x_BTCHW.
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How noise becomes a latent: the paper's way by default (s3.4)."""
+
+    method: str = "euler"
+    """euler, or midpoint: second order, the model is called twice a step."""
+    schedule: str = "linear-quadratic"
+    """linear-quadratic: half of the steps are the first of `emulated_steps` even ones, the rest reach the
+    data on a parabola. linear: even steps."""
+    num_steps: int = 50
+    emulated_steps: int = 250
+    """N of the linear-quadratic schedule; of no effect with the linear one."""
+    guidance_scale: float | None = None
+    """Of classifier-free guidance; None = the recipe's. 1 is the prompt without guidance, 0 no prompt."""
+    seed: int = 0
+    """Sample number n starts from noise that is a function of (seed, n)."""
+    batch_size: int = 4
+    """Prompts sampled at once by one copy of the model; changes no sample."""
+
+    def __post_init__(self):
+        for name, known in (("method", STEPS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(known)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; use 1 or more")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 1000:
+            raise ValueError(
+                f"guidance_scale is {self.guidance_scale}; use a number from 0, for example the paper's 7.5"
+            )
+        self.times()
+
+    def times(self) -> torch.Tensor:
+        """float64 [num_steps + 1] from 0 to 1; ValueError for steps that make no schedule."""
+        if self.schedule == "linear":
+            return flow.linear_schedule(self.num_steps)
+        return flow.linear_quadratic_schedule(self.num_steps, self.emulated_steps)
+
+    def told(self) -> str:
+        """In words, as in `linear-quadratic, 50 Euler steps emulating 250`."""
+        name = self.method.capitalize() if self.method == "euler" else self.method
+        emulating = f" emulating {self.emulated_steps}" if self.schedule == "linear-quadratic" else ""
+        return f"{self.schedule}, {self.num_steps} {name} steps{emulating}"
+
+
+def sample_latents(
+    velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_scale, step=flow.euler_step, progress=None
+):
+    """From noise (t = 0) to data (t = 1) with classifier-free guidance (s3.4); returns x_BTCHW.
 
     `prompt` and `empty` are (contexts, masks) of `pad_contexts`; both halves go through
     `velocity(x_BTCHW, t_B, contexts, masks)` as one batch, the prompted half first.
@@ -24,16 +76,20 @@ def sample_latents(velocity, noise_BTCHW, prompt, empty, *, schedule, guidance_s
         both = velocity(torch.cat([x_BTCHW, x_BTCHW]), torch.cat([t_B, t_B]), contexts, masks)
         return flow.guide(both[:batch], both[batch:], guidance_scale)
 
-    return flow.sample(guided, noise_BTCHW, schedule, progress=progress)
+    return flow.sample(guided, noise_BTCHW, schedule, step=step, progress=progress)
 
 
-def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames, tiling=None):
-    """Frames of a normalised latent, [t, 3, H, W] in [-1, 1] on the CPU, a few at a time."""
+def decode(autoencoder, latent_TCHW, mean_C, std_C, num_frames, tiling=None, group=None):
+    """Frames of a normalised latent, [t, 3, H, W] in [-1, 1] on the CPU, a few at a time.
+
+    With a process `group` its ranks share the tiles; all of them take all frames.
+    """
     from nemo_moviegen.tae.tiling import Tiling, decode_frames
 
     raw_TCHW = latent_TCHW.float() * std_C.view(1, -1, 1, 1) + mean_C.view(1, -1, 1, 1)
     device = next(autoencoder.parameters()).device
-    for frames_BTCHW in decode_frames(autoencoder, raw_TCHW[None].to(device), num_frames, tiling or Tiling()):
+    raw_BTCHW = raw_TCHW[None].to(device)
+    for frames_BTCHW in decode_frames(autoencoder, raw_BTCHW, num_frames, tiling or Tiling(), group):
         yield frames_BTCHW[0].clamp(-1, 1).cpu()
 
 

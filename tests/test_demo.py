@@ -190,17 +190,21 @@ def test_a_small_demo_runs_from_raw_video_to_the_report(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     written = json.loads((tmp_path / "stages.json").read_text())["stages"]
-    assert [stage["finished"] for stage in written] == [True] * 9
+    assert [stage["finished"] for stage in written] == [True] * 10
     assert max(stage["peak_bytes"] for stage in written) < 8 << 30
     settings = json.loads((tmp_path / "generated" / "settings.json").read_text())
     assert len(settings["samples"]) == NUM_SEEN_PROMPTS + NUM_HELDOUT_PROMPTS
     for sample in settings["samples"]:
         assert read_frames(tmp_path / "generated" / sample["file"]).shape == (16, 64, 64, 3)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<video") == 3 * len(settings["samples"]), "real, reconstructed and generated"
+    scored = json.loads((tmp_path / "shapes" / "scores.json").read_text())["samples"]
+    assert [sample["group"] for sample in scored] == ["seen"] * 2 + ["held out"]
+    wrong = sum(not sample["right"]["all words"] for sample in scored)
+    assert page.count("<video") == 3 * len(settings["samples"]) + wrong, "real, reconstructed and generated"
+    assert f"{wrong} of 3 samples miss a word" in page
     assert page.count("data:image/svg+xml") == 5, "two curves of the autoencoder, one of each other run"
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 9
+    assert again.stdout.count("done before") == 10
     assert json.loads((tmp_path / "stages.json").read_text())["stages"] == written

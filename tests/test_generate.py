@@ -9,19 +9,21 @@ import torch
 from ranks import run_on_ranks
 
 from nemo_moviegen import flow
-from nemo_moviegen.generate import (
+from nemo_moviegen.generation import files
+from nemo_moviegen.generation.checks import (
     check_fits,
     check_folder,
     check_prompts,
     check_writable,
-    generate,
+    find_bucket,
     latent_size,
-    pad_contexts,
-    sample_prompts,
-    write_samples,
 )
+from nemo_moviegen.generation.generate import Models, generate, pad_contexts, sample_batches
+from nemo_moviegen.generation.rewrite import rules
+from nemo_moviegen.inputs import Bucket
+from nemo_moviegen.layout import Layout
 from nemo_moviegen.recipe import recipe_yaml
-from nemo_moviegen.sampling import decode, keeping, sample_latents
+from nemo_moviegen.sampling import Sampler, decode, keeping, sample_latents
 from nemo_moviegen.sizes import VIDEO_TINY, AutoencoderSize, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.video_files import read_frames
@@ -54,18 +56,67 @@ class TowardsItsPrompt(torch.nn.Module):
         return flow.velocity_target(noise, data.expand_as(noise))
 
 
-def sample(model, values, *, seed=0, batch_size=4, guidance_scale=1.0, num_steps=10):
-    return sample_prompts(
+def sample(model, values, *, seed=0, batch_size=4, guidance_scale=1.0, num_steps=10, **more):
+    """Latents [B, T, C, H, W] of prompts that each ask for one value."""
+    sampler = Sampler(
+        seed=seed, batch_size=batch_size, guidance_scale=guidance_scale, num_steps=num_steps, **more
+    )
+    batches = sample_batches(
         model,
-        [features(value) for value in values],
+        dict(enumerate(features(value) for value in values)),
         features(0.0, num_tokens=1),
         SIZES,
         LATENT_TCHW,
-        schedule=flow.linear_quadratic_schedule(num_steps, 250),
-        guidance_scale=guidance_scale,
-        seed=seed,
-        batch_size=batch_size,
+        sampler=sampler,
     )
+    return torch.cat([latent_BTCHW for _, latent_BTCHW in batches])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"method": "rk4"}, "method is 'rk4'; use euler or midpoint"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'; use linear-quadratic or linear"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; use a number from 0"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
+        ({"num_steps": 0}, "0 steps cannot emulate"),
+        ({"num_steps": 0, "schedule": "linear"}, "a schedule of 0 steps"),
+        ({"num_steps": 300}, "300 steps cannot emulate 250"),
+    ],
+)
+def test_a_sampler_that_can_not_be_is_refused(changed, words):
+    with pytest.raises(ValueError, match=words):
+        Sampler(**changed)
+
+
+def test_a_sampler_has_the_times_and_the_words_of_its_schedule():
+    paper = Sampler()
+    assert torch.equal(paper.times(), flow.linear_quadratic_schedule(50, 250))
+    assert paper.told() == "linear-quadratic, 50 Euler steps emulating 250"
+    linear = Sampler(schedule="linear", num_steps=64, method="midpoint")
+    assert torch.equal(linear.times(), flow.linear_schedule(64))
+    assert linear.told() == "linear, 64 midpoint steps"
+
+
+def test_midpoint_calls_the_model_twice_a_step_and_is_of_second_order():
+    """dx/dt = x: the exact factor is e. Halving the step divides Euler's error by 2, midpoint's by 4."""
+
+    class Grows(TowardsItsPrompt):
+        def velocity(self, x_BTCHW, t_B, contexts, masks):
+            self.batches.append(len(x_BTCHW))
+            return x_BTCHW
+
+    errors = {}
+    for method in ("euler", "midpoint"):
+        for num_steps in (10, 20):
+            model = Grows()
+            noise = flow.draw_noise(LATENT_TCHW, 0, [0], [0])
+            made = sample(model, [1.0], method=method, schedule="linear", num_steps=num_steps)
+            errors[method, num_steps] = float((made / noise - np.e).abs().max())
+            assert len(model.batches) == num_steps * (2 if method == "midpoint" else 1)
+    assert errors["euler", 10] / errors["euler", 20] == pytest.approx(2, rel=0.1)
+    assert errors["midpoint", 10] / errors["midpoint", 20] == pytest.approx(4, rel=0.1)
 
 
 def test_every_sample_arrives_at_its_own_prompt():
@@ -133,14 +184,23 @@ def test_decoding_undoes_the_normalisation_of_each_channel():
     torch.testing.assert_close(torch.cat(chunks), expected, rtol=0, atol=1e-4)
 
 
-def test_videos_become_mp4_files_and_images_png_files(tmp_path):
-    videos = [[torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 16, 16)], [torch.zeros(5, 3, 16, 16)]]
-    sheet, numbered = tmp_path / "sheet.png", [(0, 'A red "circle"!'), (1, "//")]
-    files = write_samples(videos, 5, numbered, tmp_path, 8, sheet)
-    files += write_samples([[torch.zeros(1, 3, 16, 16)]], 1, [(0, "//")], tmp_path, 8, sheet)
-    assert [file.name for file in files] == ["000-a-red-circle.mp4", "001-sample.mp4", "000-sample.png"]
-    assert [len(read_frames(file)) for file in files] == [5, 5, 1]
-    assert sheet.stat().st_size > 500
+def test_a_video_becomes_an_mp4_and_an_image_a_png(tmp_path):
+    names = [files.sample_file(tmp_path, 0, 'A red "circle"!', 5), files.sample_file(tmp_path, 1, "//", 1)]
+    assert [path.name for path in names] == ["000-a-red-circle.mp4", "001-sample.png"]
+    files.write_sample([torch.zeros(3, 3, 16, 16), torch.zeros(2, 3, 16, 16)], names[0], 8)
+    files.write_sample([torch.zeros(1, 3, 16, 16)], names[1], 8)
+    assert [len(read_frames(path)) for path in names] == [5, 1]
+    assert not list(tmp_path.glob(".*")), "nothing half written"
+    assert files.write_sheet(tmp_path / "sheet.png", names, ["a" * 10_000, "\U0001f680"]).stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    "prompt", ["\U0001f680\U0001f680", "\u732b\u304c\u6b69\u304f", "a/../b", "x" * 10_000, "caf\u00e9"]
+)
+def test_any_prompt_names_a_file_in_its_folder(tmp_path, prompt):
+    path = files.sample_file(tmp_path, 7, prompt, 16)
+    assert path.parent == tmp_path and path.name.startswith("007-") and len(path.name) < 70
+    assert files.write_sample([torch.zeros(2, 3, 16, 16)], path, 23.976).is_file()
 
 
 def test_the_sheet_keeps_the_frames_it_shows_and_no_others():
@@ -170,6 +230,16 @@ def test_sizes_the_model_cannot_make_are_refused(size, words):
 def test_missing_prompts_are_refused(prompts):
     with pytest.raises(ValueError, match="prompt"):
         check_prompts(prompts)
+
+
+def test_a_bucket_is_found_by_set_and_shape():
+    assert find_bucket("video_768/256x576x1024") == Bucket(
+        num_frames=256, height_px=576, width_px=1024, fps=16
+    )
+    with pytest.raises(ValueError, match="no buckets called 'video_99'"):
+        find_bucket("video_99/1x2x3")
+    with pytest.raises(ValueError, match="video_256 have no shape '256x100x100'; use video_256/1x256x256"):
+        find_bucket("video_256/256x100x100")
 
 
 def test_missing_and_empty_folders_are_named(tmp_path):
@@ -231,73 +301,100 @@ def folders(tmp_path_factory):
     return found
 
 
-def make(folders, output, prompts, **changed):
-    """(frames of each sample, settings) of a small `generate` on those folders."""
+def asked(folders, **changed):
+    """Arguments of a small `generate` on those folders, but for prompts and output; some changed."""
     settings = {"num_frames": 11, "height_px": 32, "width_px": 48, "fps": 16, "num_steps": 4, **changed}
-    files = generate(
-        settings.pop("run", folders["run"]),
-        prompts,
-        output,
-        autoencoder_folder=folders["tae"],
-        encoders_folder=settings.pop("encoders", folders["encoders"]),
-        latents_folder=folders["latents"],
-        **settings,
-    )
+    bucket = {name: settings.pop(name) for name in ("num_frames", "height_px", "width_px", "fps")}
+    models = {"run": "run", "autoencoder": "tae", "encoders": "encoders", "latents": "latents"}
+    models = {name: settings.pop(name, folders[folder]) for name, folder in models.items()}
+    more = {name: settings.pop(name) for name in ("task", "layout", "rewrite") if name in settings}
+    return {"models": Models(**models), "bucket": Bucket(**bucket), "sampler": Sampler(**settings), **more}
+
+
+def make(folders, output, prompts, **changed):
+    """(frames of each sample, settings)."""
+    made = generate(prompts=prompts, output=output, **asked(folders, **changed))
+    if not made:
+        return None
     written = json.loads((output / "settings.json").read_text())
     names = [sample["file"] for sample in written["samples"]]
-    assert [file.name for file in files] == [*names, "contact_sheet.png", "settings.json"]
+    assert [file.name for file in made] == [*names, "contact_sheet.png", "settings.json"]
     return [read_frames(output / name).astype(int) for name in names], written
 
 
-def make_on_rank(folders, output):
-    """In a process of its own, for it patches torch and joins groups: samples of untrained real models."""
+def stand_ins(layout):
+    """In a process of its own, for it patches what loads models: real ones, the same in any layout."""
     import nemo_moviegen.training.autoencoder
     import nemo_moviegen.training.checkpoint
-    from nemo_moviegen.recipe import Layout
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     stand_in_for_cuda()
-    nemo_moviegen.training.checkpoint.join_process_groups(Layout())
+    nemo_moviegen.training.checkpoint.join_process_groups(layout)
     from nemo_moviegen.video.model import VideoTransformer, video_config
 
-    torch.manual_seed(0)
-    model = VideoTransformer(video_config(RECIPE.size, Layout(), "fp32")).eval()
+    model = VideoTransformer(video_config(RECIPE.size, layout, "fp32")).eval()
+    generator = torch.Generator().manual_seed(0)
     for weight in (model.head.weight, model.modulation.linear.weight):
-        torch.nn.init.normal_(weight, std=0.05)  # both start at zero, and every prompt would look the same
+        # both start at zero, and every prompt would look the same
+        torch.nn.init.normal_(weight, std=0.05, generator=generator)
+    torch.manual_seed(0)
     size = AutoencoderSize(base_width=8, multipliers=(1, 1, 2, 2), blocks_per_level=1)
     autoencoder = TemporalAutoencoder(size).eval()
-    nemo_moviegen.training.checkpoint.load_video_model = lambda folder: (model, RECIPE)
+    nemo_moviegen.training.checkpoint.load_video_model = lambda *_, **__: (model, RECIPE)
     nemo_moviegen.training.autoencoder.load_autoencoder = lambda folder: autoencoder
+
+
+def make_on_rank(folders, output):
+    stand_ins(Layout())
     image = {"num_frames": 1}
     return {
-        "all": make(folders, output, PROMPTS, batch_size=2),
-        "first": make(folders, output, PROMPTS[:1], batch_size=1),
-        "weak": make(folders, output, PROMPTS[:1], guidance_scale=1.0, **image),
-        "strong": make(folders, output, PROMPTS[:1], guidance_scale=8.0, **image),
-        "empty": make(folders, output, PROMPTS[:1], guidance_scale=0.0, **image),
+        "all": make(folders, output / "all", PROMPTS, batch_size=2),
+        "first": make(folders, output / "first", PROMPTS[:1], batch_size=1),
+        "weak": make(folders, output / "weak", PROMPTS[:1], guidance_scale=1.0, **image),
+        "strong": make(folders, output / "strong", PROMPTS[:1], guidance_scale=8.0, **image),
+        "empty": make(folders, output / "empty", PROMPTS[:1], guidance_scale=0.0, **image),
         "tasks": make_by_tasks(folders, output / "tasks"),
-        "empty other": make(folders, output, PROMPTS[1:2], guidance_scale=0.0, **image),
+        "empty other": make(folders, output / "other", PROMPTS[1:2], guidance_scale=0.0, **image),
+        "long": make(folders, output / "long", ["word " * 2000, "\U0001f680 caf\u00e9"], **image),
+        "rewritten": make(folders, output / "rules", ["a video of a cat, 4k"], rewrite=rules, **image),
     }
 
 
 def make_by_tasks(folders, output):
-    """Frames of each sample, made by two tasks; what a third try of one made; what another seed is told."""
-    settings = {"num_frames": 11, "height_px": 32, "width_px": 48, "fps": 16, "num_steps": 4}
-    settings |= {"autoencoder_folder": folders["tae"], "encoders_folder": folders["encoders"]}
-    settings |= {"latents_folder": folders["latents"]}
+    """Frames of each sample, made by two tasks; what a third try of one made; what others are told."""
 
-    def run(index, **changed):
-        return generate(folders["run"], PROMPTS, output, task=(index, 2), **settings | changed)
+    def run(index, prompts=PROMPTS, **changed):
+        return generate(prompts=prompts, output=output, **asked(folders, task=(index, 2), **changed))
 
-    files = sorted(file for index in (1, 0) for file in run(index) if file.suffix == ".mp4")
-    try:
-        run(0, seed=1)
-        told = ""
-    except ValueError as error:
-        told = str(error)
-    files[0].unlink()
-    again = [file.name for file in run(0)]
-    return [read_frames(file).astype(int) for file in files], again, run(1), told
+    made = sorted(file for index in (1, 0) for file in run(index) if file.suffix == ".mp4")
+    told = []
+    for changed in ({"seed": 1}, {"method": "midpoint"}, {"prompts": PROMPTS[::-1]}):
+        with pytest.raises(ValueError) as error:
+            run(0, **changed)
+        told.append(str(error.value))
+    before = [file.stat().st_mtime_ns for file in made]
+    made[0].unlink()
+    run(0)
+    again = [file.stat().st_mtime_ns for file in made]
+    run(1)
+    return [read_frames(file).astype(int) for file in made], before, again, told
+
+
+def make_in_layout(folders, output, layout):
+    """Latents that the ranks of a layout make, and the frames of a whole `generate`."""
+    stand_ins(layout)
+    from nemo_moviegen.training.checkpoint import load_video_model
+
+    sizes = RECIPE.size.contexts
+    rows = {
+        number: {c.name: np.full((3, c.width), 0.3 * number, np.float32) for c in sizes}
+        for number in range(3)
+    }
+    model, _ = load_video_model()
+    sampler = Sampler(num_steps=10, batch_size=2, guidance_scale=3.0)
+    batches = sample_batches(model, rows, rows[0], sizes, (2, 16, 4, 6), sampler=sampler, shows=False)
+    latents = torch.cat([latent_BTCHW for _, latent_BTCHW in batches])
+    return latents, make(folders, output, PROMPTS, layout=layout)
 
 
 @pytest.fixture(scope="module")
@@ -317,13 +414,42 @@ def test_prompts_become_videos_through_the_real_models(made):
 
 
 def test_tasks_of_an_array_make_the_samples_of_one_and_only_what_is_missing(made):
-    frames, again, nothing, told = made["tasks"]
+    frames, before, again, told = made["tasks"]
     assert len(frames) == len(PROMPTS)
     for by_task, whole in zip(frames, made["all"][0], strict=True):
         assert abs(by_task - whole).max() <= 2
-    assert len(again) == 3 and again[0].startswith("000-"), "one video, its sheet, its settings"
-    assert again[1:] == ["contact_sheet-0-of-2.png", "settings-0-of-2.json"]
-    assert nothing == [] and "samples of another seed" in told
+    assert again[0] > before[0] and again[1:] == before[1:], "only what was gone is made"
+    for text, words in zip(told, ("seed", "schedule", "prompts"), strict=True):
+        assert f"holds samples of another {words} (settings-" in text
+
+
+def test_long_and_foreign_prompts_are_made_and_what_was_cut_is_told(made):
+    images, settings = made["long"]
+    assert len(images) == 2
+    assert settings["num_cut"]["ul2"] == 1 and settings["num_cut"]["metaclip"] == 1
+
+
+def test_the_settings_have_the_prompt_and_what_it_was_rewritten_to(made):
+    _, settings = made["rewritten"]
+    (sample,) = settings["samples"]
+    assert (sample["prompt"], sample["rewritten"]) == ("a video of a cat, 4k", "a cat")
+    assert settings["rewrite"] == "rules" and made["all"][1]["rewrite"] == ""
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=2), Layout(context=2), Layout()], ids=["tensor", "context", "copies"]
+)
+def test_two_ranks_make_what_one_makes(folders, tmp_path, made, layout):
+    """Seen to catch: prompts shared out by rank instead of by copy; noise by place in the batch."""
+    ((alone, _),) = run_on_ranks(make_in_layout, folders, tmp_path / "one", Layout(), world_size=1)
+    ranks = run_on_ranks(make_in_layout, folders, tmp_path / "two", layout, world_size=2)
+    for latents, _ in ranks:
+        assert (latents - alone).abs().max() < 1e-5 * alone.abs().max()
+    assert [written is None for _, written in ranks] == [False, True]
+    videos, settings = ranks[0][1]
+    assert [sample["prompt"] for sample in settings["samples"]] == PROMPTS
+    for video, whole in zip(videos, made["all"][0], strict=True):
+        assert abs(video - whole).max() <= 2
 
 
 def test_the_prompt_changes_the_image_and_guidance_strengthens_it(made):
@@ -343,9 +469,12 @@ def test_mistakes_are_told_before_a_model_is_loaded(folders, monkeypatch, tmp_pa
         "text encoder folder .*nothing": {"encoders": tmp_path / "nothing"},
         "width_px is 40": {"width_px": 40},
         "latent height 64 needs 32 positions": {"height_px": 512},
-        "fps is 0": {"fps": 0},
-        "batch_size is 0": {"batch_size": 0},
-        "0 steps cannot emulate": {"num_steps": 0},
+        r"fps is 0\.1; use": {"fps": 0.1},
+        "fps is 5000; use": {"fps": 5000},
+        "autoencoder folder .* holds a run of tiny": {"autoencoder": folders["run"]},
+        "is no video model": {"run": folders["tae"]},
+        "6 heads do not split over tensor 4": {"layout": Layout(tensor=4)},
+        "12 tokens do not split over tensor 1 x context 5": {"layout": Layout(context=5)},
     }.items():
         with pytest.raises(ValueError, match=words):
             make(folders, tmp_path / "out", PROMPTS, **changed)

@@ -110,15 +110,28 @@ def render(spec, num_frames=16, size_px=64, fps=16) -> np.ndarray:
     """Frames of the clip, uint8 [T, H, W, 3], soft edges. A shape that leaves comes back opposite."""
     step_x, step_y = DIRECTIONS[spec.direction]
     travel_T = SPEEDS[spec.speed] * np.arange(num_frames, dtype=np.float32) / fps
-    grid = (np.arange(size_px, dtype=np.float32) + 0.5) / size_px
-    half = _half_extent(spec)
-    x_TW = grid[None, :] - _wrap(spec.start_x + step_x * travel_T, half)[:, None]
-    y_TH = grid[None, :] - _wrap(spec.start_y + step_y * travel_T, half)[:, None]
-    distance_THW = _distance(spec.shape, x_TW[:, None, :], y_TH[:, :, None], half)
-    # a pixel whose centre lies d pixels outside the edge is covered to 1/2 - d
-    coverage_THW1 = np.clip(0.5 - distance_THW * size_px, 0, 1)[..., None]
+    half = half_extent(spec.shape, spec.area)
+    x_T, y_T = (
+        _wrap(start + step * travel_T, half)
+        for start, step in ((spec.start_x, step_x), (spec.start_y, step_y))
+    )
+    coverage_THW1 = coverage(spec.shape, (size_px, size_px), spec.area, x_T, y_T)[..., None]
     color, background = (np.float32(rgb) for rgb in (COLORS[spec.color], BACKGROUNDS[spec.background]))
     return (background + coverage_THW1 * (color - background) + 0.5).astype(np.uint8)
+
+
+def coverage(shape, size_HW, area, x, y) -> np.ndarray:
+    """Share of each pixel a shape covers, float32 [..., H, W], its edge one pixel soft.
+
+    `area` is its share of the frame; its centre `x`, `y` (numbers, or arrays of one shape) counts from the
+    left and from the top, in widths and heights of the frame.
+    """
+    height, width = size_HW
+    x_W = (np.arange(width, dtype=np.float32) + 0.5) / width - np.asarray(x, np.float32)[..., None]
+    y_H = (np.arange(height, dtype=np.float32) + 0.5) / height - np.asarray(y, np.float32)[..., None]
+    distance_HW = _distance(shape, x_W[..., None, :], y_H[..., :, None], half_extent(shape, area))
+    # a pixel whose centre lies d pixels outside the edge is covered to 1/2 - d
+    return np.clip(0.5 - distance_HW * width, 0, 1)
 
 
 def write_moving_shapes(
@@ -170,10 +183,10 @@ def write_moving_shapes(
     return rows
 
 
-def _half_extent(spec):
-    """Half the width of the shape's bounding box, such that every shape covers `spec.area`."""
+def half_extent(shape, area):
+    """Half the width and height of the box around a shape that covers `area` of the frame."""
     per_extent = {"circle": np.pi, "square": 4.0, "triangle": 2.0}  # area of a shape of half extent 1
-    return float(np.sqrt(spec.area / per_extent[spec.shape]))
+    return float(np.sqrt(area / per_extent[shape]))
 
 
 def _wrap(center, half):

@@ -99,7 +99,7 @@ def test_a_sample_is_the_guided_euler_sample_of_the_weights_of_its_step(one_rank
 def _plain_samples(run_folder, latents):
     from nemo_moviegen import flow
     from nemo_moviegen.data.latents import LatentReader
-    from nemo_moviegen.generate import pad_contexts
+    from nemo_moviegen.generation.generate import pad_contexts
     from nemo_moviegen.training.checkpoint import load_video_model
 
     model, run = load_video_model(run_folder, weights="weights")

@@ -1,0 +1,77 @@
+"""How often a prompt was followed, by attribute, with the interval its true share lies in. No torch."""
+
+import math
+
+Z_95 = 1.959963984540054
+"""Deviations of a normal distribution that hold 95 of 100."""
+
+
+def wilson_interval(num_right, number) -> tuple[float, float]:
+    """The 95% interval of a share of which `num_right` of `number` were drawn (Wilson's score interval).
+
+    Inside [0, 1] and of use at 0 and 1 too, where the usual one has no width. (0, 1) of no samples.
+    """
+    if number == 0:
+        return 0.0, 1.0
+    share = num_right / number
+    middle = share + Z_95**2 / (2 * number)
+    half = Z_95 * math.sqrt(share * (1 - share) / number + Z_95**2 / (4 * number**2))
+    scale = 1 + Z_95**2 / number
+    low = 0.0 if num_right == 0 else (middle - half) / scale
+    return low, 1.0 if num_right == number else (middle + half) / scale
+
+
+def score_rows(samples, attributes) -> list[dict]:
+    """Rows {group, attribute, right, of, share, low, high}, groups and attributes in the order they come.
+
+    A sample is {"group": str, "right": {attribute: bool}}; an attribute it does not have does not count.
+    """
+    rows = []
+    for group in dict.fromkeys(sample["group"] for sample in samples):
+        of_group = [sample["right"] for sample in samples if sample["group"] == group]
+        for attribute in attributes:
+            right = [answers[attribute] for answers in of_group if attribute in answers]
+            if not right:
+                continue
+            low, high = wilson_interval(sum(right), len(right))
+            row = {"group": group, "attribute": attribute, "right": sum(right), "of": len(right)}
+            rows.append({**row, "share": sum(right) / len(right), "low": low, "high": high})
+    return rows
+
+
+def shown_scores(scores) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) as text: an attribute a row, a group a column, as in `98% (93-99)`."""
+    groups = list(dict.fromkeys(row["group"] for row in scores["rows"]))
+    cells = {(row["attribute"], row["group"]): _cell(row) for row in scores["rows"]}
+    attributes = dict.fromkeys(row["attribute"] for row in scores["rows"])
+    of = {row["group"]: row["of"] for row in scores["rows"]}
+    heads = ["", *(f"{group}, {of[group]} prompts" for group in groups)]
+    return heads, [[a, *(cells.get((a, group), "-") for group in groups)] for a in attributes]
+
+
+def scores_table(scores):
+    """A rich table of the scores."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    heads, rows = shown_scores(scores)
+    table = Table(box=SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def scores_note(scores) -> str:
+    """What the numbers are, in a sentence."""
+    settings = scores["settings"]
+    return (
+        f"Videos read by rule, {settings['num_frames']} frames of {settings['height_px']} px; in brackets "
+        f"the 95% interval. {settings['recipe']}, {settings['schedule']}, guidance "
+        f"{settings['guidance_scale']:g}."
+    )
+
+
+def _cell(row):
+    return f"{row['share']:.1%} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
