@@ -380,6 +380,7 @@ def _evaluate_shapes(options):
         shapes_seed=options.shapes_seed,
         sampler=_sampler(options),
         tiling=_tiling(options, options.autoencoder),
+        task=options.task,
     )
     if scores:  # one rank has them
         show(scores_table(scores))

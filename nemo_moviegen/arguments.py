@@ -214,6 +214,9 @@ def _parser():
         help="frame rates, each asked for by every prompt (16)",
     )
     add("--shapes-seed", type=int, default=0, help="seed the clips were rendered with (%(default)s)")
+    add(
+        "--task", type=_task, default=(0, 1), metavar="I/N", help="make one part of N; the last one reads all"
+    )
     _add_sampler(add, batch=16)
     _add_tiles(add)
 

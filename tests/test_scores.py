@@ -1,11 +1,15 @@
 """Shares and their intervals, and the benchmark's own counting."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from nemo_moviegen.data.synthetic import caption, draw_spec, render
 from nemo_moviegen.evaluation.scores import score_rows, scores_note, shown_scores, wilson_interval
 from nemo_moviegen.evaluation.shapes import ATTRIBUTES, JOINT, evaluate_shapes, judge
+from nemo_moviegen.generation.files import sample_file
 from nemo_moviegen.video_files import write_mp4
 
 
@@ -68,3 +72,34 @@ def test_the_note_says_what_was_sampled():
     settings = {"num_frames": 16, "height_px": 64, "recipe": "tiny.t2iv", "schedule": "linear, 4 Euler steps"}
     note = scores_note({"settings": settings | {"guidance_scale": 3.0}})
     assert "16 frames of 64 px" in note and "tiny.t2iv, linear, 4 Euler steps, guidance 3." in note
+
+
+def fake_generate(models, prompts, output, bucket, sampler, *, tiling, task):
+    """In place of sampling: renders what seen prompts say, and for the others what the first one says."""
+    specs = {caption(draw_spec(0, n)): draw_spec(0, n) for n in range(4)}
+    for row in range(task[0], len(prompts), task[1]):
+        spec = specs.get(prompts[row], draw_spec(0, 0))
+        video_TCHW = render(spec, bucket.num_frames, bucket.height_px, bucket.fps).transpose(0, 3, 1, 2)
+        write_mp4(
+            video_TCHW / 127.5 - 1, sample_file(output, row, prompts[row], bucket.num_frames), bucket.fps
+        )
+    told = Path(output, f"settings-{task[0]}.json")
+    told.write_text(json.dumps({"fps": bucket.fps, "samples": [], "seed": 0}))
+    return [told]
+
+
+def test_tasks_share_the_videos_and_the_last_one_reads_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nemo_moviegen.evaluation.shapes.generate", fake_generate)
+    asked = {"num_seen": 4, "num_heldout": 2, "rates": (16.0, 24.0)}
+    assert evaluate_shapes(None, tmp_path, task=(1, 2), **asked) is None
+    assert "other tasks owe 6 videos" in capsys.readouterr().out
+    scores = evaluate_shapes(None, tmp_path, task=(0, 2), **asked)
+    assert scores == json.loads((tmp_path / "scores.json").read_text())
+    share = {(row["group"], row["attribute"]): row["share"] for row in scores["rows"]}
+    for fps in ("16", "24"):
+        assert share[f"seen, {fps} fps", "all words"] == 1
+        assert share[f"held out, {fps} fps", "all words"] == 0
+    assert [sample["asked"]["color"] for sample in scores["samples"][:4]] == [
+        draw_spec(0, n).color for n in range(4)
+    ]
+    assert scores["settings"] == {"fps": [16.0, 24.0], "seed": 0}

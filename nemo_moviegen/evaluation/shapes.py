@@ -7,13 +7,14 @@ the set if it has as many clips, and of the split heldout, whose pairs of colour
 """
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 from nemo_moviegen.data.synthetic import caption, draw_spec, image_caption
 from nemo_moviegen.evaluation.scores import score_rows
 from nemo_moviegen.evaluation.shape_reading import read_shapes
-from nemo_moviegen.generation.files import SETTINGS_FILE
+from nemo_moviegen.generation.files import sample_file
 from nemo_moviegen.generation.generate import generate
 from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.sampling import Sampler
@@ -29,6 +30,10 @@ ATTRIBUTES = (*STILL, *MOVING, JOINT, "all words", "one shape", "consistent")
 """Rows of the scores. `all words`: every attribute the caption names; the last two are of no word."""
 
 
+PER_TASK = ("samples", "sampling_seconds", "num_cut")
+"""Settings of `generate` that are of one task's samples."""
+
+
 def evaluate_shapes(
     models,
     output,
@@ -41,39 +46,45 @@ def evaluate_shapes(
     shapes_seed=0,
     sampler=_SAMPLER,
     tiling=None,
+    task=(0, 1),
 ) -> dict | None:
     """Make the videos of the benchmark and read them; returns what scores.json holds.
 
     {"settings": of `generate`, "rows": [{group, attribute, right, of, share, low, high}], "samples": [{file,
     group, prompt, asked, read, right}]}. With several `rates` every prompt is made at each, in groups of
-    their own. Videos that are there are not made again. Ranks but the first return None. ValueError as
-    `generate`, and for numbers that make no benchmark.
+    their own. Videos that are there are not made again. `task` (I, N) makes every Nth from the Ith; all but
+    the last to end return None, as do ranks but the first. ValueError as `generate`, and for numbers that
+    make no benchmark.
     """
     if num_seen < 0 or num_heldout < 0 or num_seen + num_heldout < 1:
         raise ValueError(f"{num_seen} seen and {num_heldout} held-out prompts: ask for one at least")
     specs = [("train", draw_spec(shapes_seed, index)) for index in range(num_seen)]
     specs += [("heldout", draw_spec(shapes_seed, index, "heldout")) for index in range(num_heldout)]
     told = image_caption if num_frames == 1 else caption
-    samples, settings = [], {}
+    prompts = [told(spec) for _, spec in specs]
+    wanted = []
     for fps in rates:
         folder = Path(output, f"videos-{fps:g}-fps")
         bucket = Bucket(num_frames=num_frames, height_px=size_px, width_px=size_px, fps=fps)
-        if not generate(models, [told(spec) for _, spec in specs], folder, bucket, sampler, tiling=tiling):
-            settings = None
-            continue
-        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        for (split, spec), sample in zip(specs, settings["samples"], strict=True):
+        made = generate(models, prompts, folder, bucket, sampler, tiling=tiling, task=task)
+        for row, ((split, spec), prompt) in enumerate(zip(specs, prompts, strict=True)):
             group = GROUPS[split] if len(rates) == 1 else f"{GROUPS[split]}, {fps:g} fps"
-            samples.append(judge(folder / sample["file"], group, sample["prompt"], spec, fps))
-    if settings is None:
+            wanted.append((sample_file(folder, row, prompt, num_frames), group, prompt, spec, fps))
+    if not made:  # another rank than the first
         return None
-    scores = {
-        "settings": {key: value for key, value in settings.items() if key != "samples"}
-        | {"fps": list(rates)},
-        "rows": score_rows(samples, ATTRIBUTES),
-        "samples": samples,
-    }
-    Path(output, SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    if missing := sum(not file.is_file() for file, *_ in wanted):
+        print(
+            f"task {task[0]}/{task[1]} is done; other tasks owe {missing} videos, the last of them reads all"
+        )
+        return None
+    samples = [judge(*sample) for sample in wanted]
+    settings = json.loads(made[-1].read_text(encoding="utf-8"))
+    settings = {key: value for key, value in settings.items() if key not in PER_TASK} | {"fps": list(rates)}
+    scores = {"settings": settings, "rows": score_rows(samples, ATTRIBUTES), "samples": samples}
+    path = Path(output, SCORES)
+    part = path.with_name(f".part-{SCORES}")
+    part.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
     return scores
 
 

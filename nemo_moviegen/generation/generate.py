@@ -19,7 +19,7 @@ from nemo_moviegen.generation.checks import check_inputs, check_writable
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sampling import STEPS, Sampler, decode, sample_latents
-from nemo_moviegen.training.place import joined
+from nemo_moviegen.training.place import joined, rank_of_all
 
 _PAPERS, _ALONE = Sampler(), Layout()
 
@@ -85,7 +85,7 @@ def generate(
     told = files.of_task(output / files.SETTINGS_FILE, task)
     sheet = files.of_task(output / files.SHEET_FILE, task)
     if not missing and sheet.is_file():
-        return [*paths.values(), sheet, told]
+        return [] if rank_of_all() else [*paths.values(), sheet, told]
     with joined(layout) as place:
         if place.rank == 0:
             files.write_settings(told, settings)

@@ -51,6 +51,11 @@ class Place:
         return values
 
 
+def rank_of_all() -> int:
+    """This rank among those torchrun started, joined or not; 0 where it is alone."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
 @contextlib.contextmanager
 def joined(layout):
     """The `Place` of this rank in `layout`; joins the ranks torchrun started, or is a world of one.
