@@ -336,7 +336,8 @@ def _bench_recipe(options, log):
 
 def evaluate_command(options):
     """Measure a trained model."""
-    return {"tae": _evaluate_tae, "shapes": _evaluate_shapes}[options.what](options)
+    measures = {"tae": _evaluate_tae, "shapes": _evaluate_shapes, "votes": _evaluate_votes}
+    return measures[options.what](options)
 
 
 def _evaluate_tae(options):
@@ -387,6 +388,32 @@ def _evaluate_shapes(options):
         print(scores_note(scores), Path(options.output) / SCORES, sep="\n")
 
 
+def _evaluate_votes(options):
+    from nemo_moviegen.evaluation.votes import count_votes, votes_tables
+    from nemo_moviegen.tables import show
+
+    counted = count_votes(options.votes)
+    for table in votes_tables(counted):
+        show(table)
+    print("Net win rate: prompts won less prompts lost, by majority of raters; in brackets its 95% interval.")
+    if options.output:
+        path = Path(options.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(counted, indent=1) + "\n", encoding="utf-8")
+        print(path)
+
+
+def compare_command(options):
+    """Make the page on which people vote between two models."""
+    from nemo_moviegen.evaluation.compare import write_compare
+
+    names = options.names or [Path(folder).resolve().name for folder in options.folders]
+    path, number = write_compare(
+        options.folders, names, options.output, axes=options.axes, limit=options.limit
+    )
+    print(f"{path}: {number} pairs, {len(options.axes)} questions each")
+
+
 def _models(options):
     from nemo_moviegen.generation.generate import Models
 
@@ -435,6 +462,7 @@ COMMANDS = {
     "generate": generate_command,
     "demo": demo_command,
     "evaluate": evaluate_command,
+    "compare": compare_command,
     "bench": bench_command,
     "report": report_command,
 }

@@ -220,6 +220,27 @@ def _parser():
     _add_sampler(add, batch=16)
     _add_tiles(add)
 
+    add = measure("votes", "net win rates and ratings from the votes of a page of `moviegen compare`")
+    add(
+        "votes",
+        nargs="+",
+        metavar="VOTES.json",
+        help="files that raters saved, of one pair of models or several",
+    )
+    add("--output", help="file for all numbers, JSON")
+
+    add = command("compare", "make the page on which people vote, blind, between the samples of two models")
+    add(
+        "folders",
+        nargs=2,
+        metavar="SAMPLES",
+        help="two folders that `moviegen generate` filled from one prompts file",
+    )
+    add("--names", nargs=2, help="of the models, in the exported votes (the folders' names)")
+    add("--axes", nargs="+", default=["text", "quality"], help="what is asked of each pair (text quality)")
+    add("--limit", type=int, default=0, help="the first prompts only; 0 = all (%(default)s)")
+    add("--output", default="out/compare.html", help="the page; it links the videos (%(default)s)")
+
     add = command("bench", "measure the training steps of a recipe, or ways to do the same work, in turns")
     add(
         "what",

@@ -1,0 +1,58 @@
+"""The page on which people vote, blind, between the samples of two models; it links their videos."""
+
+import json
+import os
+from pathlib import Path
+
+from nemo_moviegen.evaluation.votes import AXES
+from nemo_moviegen.generation.files import SETTINGS_FILE
+from nemo_moviegen.pages import render
+
+
+def write_compare(folders, names, path, *, axes=("text", "quality"), limit=0) -> tuple[Path, int]:
+    """Write the page about samples of `folders`, two that `generate` filled from the same prompts.
+
+    Returns its path and the number of pairs. Videos are linked relative to the page, so it can be moved with
+    them. `limit` takes the first prompts only (0 = all). ValueError where a folder has no samples, the
+    prompts differ, or names or axes do not serve.
+    """
+    if len(folders) != 2 or len(set(names)) != 2 or "tie" in names:
+        raise ValueError(f"models {', '.join(names)}: compare two, of different names, none of them `tie`")
+    if unknown := [axis for axis in axes if axis not in AXES]:
+        raise ValueError(f"there is no axis {', '.join(unknown)}; use {', '.join(AXES)}")
+    samples = [_samples(folder) for folder in folders]
+    prompts = [{number: prompt for number, (prompt, _) in of.items()} for of in samples]
+    if prompts[0] != prompts[1]:
+        raise ValueError(
+            f"{folders[0]} and {folders[1]} hold samples of different prompts: run `moviegen generate` of "
+            "both models on one prompts file"
+        )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pairs = [
+        {"number": number, "prompt": prompt, "files": [_linked(of[number][1], path.parent) for of in samples]}
+        for number, prompt in sorted(prompts[0].items())
+    ]
+    pairs = pairs[: limit or None]
+    data = {"models": list(names), "axes": {axis: AXES[axis] for axis in axes}, "pairs": pairs}
+    # < and > as escapes: a prompt that says </script> would end the script
+    text = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e")
+    path.write_text(render("compare.html.j2", data=text), encoding="utf-8")
+    return path, len(pairs)
+
+
+def _samples(folder):
+    """{number: (prompt, file)} of every settings file of the folder."""
+    found = {}
+    for file in sorted(Path(folder).glob(f"{Path(SETTINGS_FILE).stem}*.json")):
+        for sample in json.loads(file.read_text(encoding="utf-8")).get("samples", []):
+            found[sample["number"]] = (sample["prompt"], Path(folder, sample["file"]))
+    missing = [str(file) for _, file in found.values() if not file.is_file()]
+    if missing or not found:
+        what = f"lacks {missing[0]}" if missing else "holds no samples"
+        raise ValueError(f"{folder} {what}: give a folder that `moviegen generate` has finished")
+    return found
+
+
+def _linked(file, folder):
+    return Path(os.path.relpath(file, folder)).as_posix()
