@@ -52,6 +52,15 @@ def slice_of(recipe, cluster, num_layers=0):
     return recipe
 
 
+def check_here(recipe, cluster):
+    """ValueError where this machine has no accelerator and the cluster has: its share would take days."""
+    if cluster.accelerator != "cpu" and not torch.cuda.is_available():
+        raise ValueError(
+            f"{recipe.name} on {cluster.name} runs on {cluster.accelerator} GPUs, and this machine has none: "
+            "bench the slice on one such GPU, or name a cluster of CPUs with --cluster"
+        )
+
+
 @contextlib.contextmanager
 def first_of(num_ranks):
     """This process as the first of `num_ranks` ranks, the others of which are not there: gives the callbacks

@@ -61,6 +61,7 @@ def bench_recipe(
     whole, is_slice = recipe, slice_layers is not None
     if is_slice:
         recipe = rank_slice.slice_of(recipe, cluster, slice_layers)
+        rank_slice.check_here(recipe, cluster)
     rank, folder, plan = int(os.environ.get("RANK", 0)), Path(folder), _plan(recipe, cluster)
     run = as_benched(recipe, cluster, folder, num_steps=warm_up + steps + profiled)
     # all ranks of a torchrun have its id; a folder of an earlier run has another's

@@ -40,8 +40,8 @@ def read_votes(paths) -> list[dict]:
             models, rater, votes = tuple(told["models"]), str(told["rater"]), told["votes"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path} is no export of votes ({type(error).__name__}: {error}): give the files that the page "
-                "of `moviegen compare` saved"
+                f"{path} is no export of votes ({type(error).__name__}: {error}): give what the page of "
+                "`moviegen compare` saved"
             ) from None
         if len(set(models)) != 2:
             raise ValueError(f"{path} compares {', '.join(models)}: votes are between two different models")

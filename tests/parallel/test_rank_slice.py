@@ -185,3 +185,11 @@ def test_other_ranks_say_what_this_one_says():
     ((gathered, piece, summed, objects, received, swapped),) = run_on_ranks(echoes, world_size=1)
     assert gathered.tolist() == [5, 6] * 4 and piece.tolist() == [0, 1] and summed.tolist() == [1, 1, 1]
     assert objects == [{"a": 1}] * 4 and received.tolist() == [1, 2] and swapped.tolist() == [0, 1, 2, 3]
+
+
+def test_a_slice_of_gpus_is_not_started_where_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    base, cluster = recipes.get("video_30b.t2iv_768_cp2_4096"), read_cluster("h100_4096")
+    with pytest.raises(ValueError, match="runs on h100 GPUs, and this machine has none"):
+        bench_recipe(base, cluster, tmp_path, slice_layers=1)
+    assert not list(tmp_path.iterdir())
