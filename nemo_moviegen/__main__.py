@@ -337,6 +337,7 @@ def _bench_recipe(options, log):
 def evaluate_command(options):
     """Measure a trained model."""
     measures = {"tae": _evaluate_tae, "shapes": _evaluate_shapes, "votes": _evaluate_votes}
+    measures |= {"checkpoints": _evaluate_checkpoints}
     return measures[options.what](options)
 
 
@@ -388,6 +389,25 @@ def _evaluate_shapes(options):
         print(scores_note(scores), Path(options.output) / SCORES, sep="\n")
 
 
+def _evaluate_checkpoints(options):
+    from nemo_moviegen.evaluation.checkpoints import PLOT, checkpoints_table, evaluate_checkpoints
+    from nemo_moviegen.tables import show
+
+    if options.step:
+        raise ValueError(
+            f"--step {options.step}: evaluate checkpoints measures all of them; see evaluate shapes"
+        )
+    found = evaluate_checkpoints(
+        _models(options),
+        options.output,
+        num_seen=options.seen,
+        num_heldout=options.heldout,
+        sampler=_sampler(options),
+    )
+    show(checkpoints_table(found))
+    print(Path(options.output) / PLOT)
+
+
 def _evaluate_votes(options):
     from nemo_moviegen.evaluation.votes import count_votes, votes_tables
     from nemo_moviegen.tables import show
@@ -422,6 +442,7 @@ def _models(options):
         autoencoder=options.autoencoder,
         encoders=options.encoders,
         latents=options.latents,
+        step=options.step,
         weights=options.weights,
     )
 

@@ -220,6 +220,16 @@ def _parser():
     _add_sampler(add, batch=16)
     _add_tiles(add)
 
+    add = measure(
+        "checkpoints", "validation loss and Moving Shapes score of every checkpoint, and how they go together"
+    )
+    add("run_folder", metavar="RUN", help="run folder of a video model; keep_every keeps its checkpoints")
+    _add_models(add)
+    add("--output", default="out/checkpoints", help="folder for videos, scores and the plot (%(default)s)")
+    add("--seen", type=int, default=48, help="prompts of combinations trained on (%(default)s)")
+    add("--heldout", type=int, default=24, help="prompts of combinations held out of training (%(default)s)")
+    _add_sampler(add, batch=16)
+
     add = measure("votes", "net win rates and ratings from the votes of a page of `moviegen compare`")
     add(
         "votes",
@@ -294,6 +304,7 @@ def _add_models(add):
     add("--autoencoder", required=True, help="run folder of the autoencoder")
     add("--encoders", required=True, help="folder of the text encoders")
     add("--latents", required=True, help="latents the model was trained on: statistics, empty prompt")
+    add("--step", type=int, default=0, help="whose checkpoint; default: the newest")
     add("--weights", default="", choices=("ema", "weights"), help="default: the average where there is one")
 
 

@@ -31,6 +31,7 @@ def settings_of(models, prompts, bucket, sampler, rewrite) -> dict:
     """What makes the samples of a folder the samples they are, as its settings say it."""
     return {
         **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in models.folders().items()},
+        "step": models.step,
         "weights": models.weights,
         **{name: getattr(bucket, name) for name in ("num_frames", "height_px", "width_px", "fps")},
         "schedule": sampler.told(),

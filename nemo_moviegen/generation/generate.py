@@ -19,6 +19,7 @@ from nemo_moviegen.generation.checks import check_inputs, check_writable
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sampling import STEPS, Sampler, decode, sample_latents
+from nemo_moviegen.training.checkpoint import checkpoints
 from nemo_moviegen.training.place import joined, rank_of_all
 
 _PAPERS, _ALONE = Sampler(), Layout()
@@ -34,6 +35,8 @@ class Models:
     encoders: Path
     latents: Path
     """Latents the model was trained on: their statistics and the empty prompt."""
+    step: int = 0
+    """Whose checkpoint; 0 = the newest."""
     weights: str = ""
     """ema, or weights (those being trained); "" = the average where the run kept one."""
 
@@ -77,6 +80,7 @@ def generate(
     output = Path(output)
     latent_THW = check_inputs(models, prompts, bucket, layout)
     check_writable(output)
+    models = replace(models, step=models.step or max(checkpoints(models.run), default=0))
     settings = files.settings_of(models, prompts, bucket, sampler, rewrite)
     files.check_settings(output, settings)
     rows = range(task[0], len(prompts), task[1])
@@ -117,7 +121,9 @@ def _make(models, wanted, shape, sampler, tiling, place):
         return {}
     bucket, latent_THW = shape
     latents = LatentReader(models.latents)
-    model, recipe = load_video_model(models.run, place.layout, weights=models.weights or None)
+    model, recipe = load_video_model(
+        models.run, place.layout, weights=models.weights or None, step=models.step
+    )
     device = next(model.parameters()).device
     prompts = [with_fps(text, bucket.fps) for text, _ in wanted.values()]
     encoded, num_cut = place.share(lambda: _encode(models.encoders, prompts, recipe.size.contexts, device))

@@ -170,8 +170,18 @@ def _check_same_size(recipe):
         )
 
 
-def load_video_model(run_folder, layout=None, *, weights=None):
-    """(VideoTransformer in eval mode, its VideoRecipe) from the newest checkpoint of a run.
+def checkpoint_of(run_folder, step=0):
+    """Folder of the checkpoint of a step, the newest where it is 0; ValueError names those that are there."""
+    found = checkpoints(run_folder)
+    if not found:
+        raise ValueError(f"{run_folder} holds no finished checkpoint yet: train it with `moviegen train`")
+    if step and step not in found:
+        raise ValueError(f"{run_folder} holds no checkpoint of step {step}; use {', '.join(map(str, found))}")
+    return found[step or max(found)]
+
+
+def load_video_model(run_folder, layout=None, *, weights=None, step=0):
+    """(VideoTransformer in eval mode, its VideoRecipe) from a checkpoint of a run: of a step, or the newest.
 
     `weights` is "ema" or "weights" (those being trained); None takes the average where the run kept one. They
     may have been trained in any layout; this process holds them whole, or its part under `layout`, for which
@@ -186,11 +196,7 @@ def load_video_model(run_folder, layout=None, *, weights=None):
     recipe = read_recipe(recipe_file)
     if not isinstance(recipe, VideoRecipe):
         raise ValueError(f"{run_folder} holds a run of {recipe.name}, which is no video transformer")
-    folder = last_checkpoint(run_folder)
-    if folder is None:
-        raise ValueError(
-            f"{run_folder} holds no finished checkpoint yet; train it with `moviegen train {recipe.name}`"
-        )
+    folder = checkpoint_of(run_folder, step)
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
     on_gpu = torch.cuda.is_available()

@@ -60,9 +60,7 @@ class ValidationLoss(pl.Callback):
         self.values = {}
         """What metrics.jsonl says of it, {} where it was not measured."""
         if recipe.validation.every:
-            self.reader = heldout_reader(recipe)
-            self.evaluations = evaluations(self.reader, recipe)
-            self.shapes = sorted({e.shape for e in self.evaluations})
+            self.held_out = HeldOut(recipe)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.last_loss, self.values = None, {}
@@ -79,13 +77,41 @@ class ValidationLoss(pl.Callback):
         every, last = self.recipe.validation.every, self.recipe.num_steps
         return every > 0 and (step % every == 0 or step == last or self.recipe.saves_at(step))
 
-    @torch.no_grad()
     def measure(self, module) -> dict:
+        """`HeldOut.measure` of a `FlowMatchingModule` in a trainer; collective."""
+        found = self.held_out.measure(module.module, module.config, module.data_dtype, self._text)
+        if module.module.ddp_config.use_megatron_fsdp:
+            module.module.module.synchronize_param_gather()  # frees what was gathered, shards in its place
+        return found
+
+    def _text(self):
+        """As `text_of`, from the first time it is needed: encoders in slices make it a collective."""
+        if not hasattr(self, "_text_source"):
+            self._text_source = text_of(self.held_out.reader, self.recipe, self.data)
+        return self._text_source
+
+
+class HeldOut:
+    """The held-out samples of a `VideoRecipe` at their noise and times.
+
+    ValueError where the held-out latents do not serve.
+    """
+
+    def __init__(self, recipe):
+        self.recipe = recipe
+        self.reader = heldout_reader(recipe)
+        self.evaluations = evaluations(self.reader, recipe)
+        self.shapes = sorted({e.shape for e in self.evaluations})
+
+    @torch.no_grad()
+    def measure(self, model, config, dtype, text=None) -> dict:
         """{"validation/loss": of all tokens, "validation/loss_t0.00-0.25": of a quarter of time, ...,
         "validation/loss_32x96x96_t0.00-0.25": of it, that of latents of 32 frames of 96 x 96, ...}.
 
-        Of a `FlowMatchingModule` in a trainer; collective; leaves weights, gradients and randomness alone.
+        Collective; leaves weights, gradients and randomness alone. `text()` has the samples' features; those
+        in the latents' shards where it is None.
         """
+        read = (text() if text else self.reader).read
         device = torch.cuda.current_device()
         sums = torch.zeros(len(self.shapes) * NUM_REPORTED, 2, dtype=torch.float64, device=device)
         for own, weights in shares(
@@ -95,38 +121,30 @@ class ValidationLoss(pl.Callback):
             self.recipe.micro_batch,
         ):
             part_B = torch.tensor([self._part(e) for e in own], device=sums.device)
-            sums.index_add_(0, part_B, self._sums(module, own) * sums.new_tensor(weights)[:, None])
-        if module.module.ddp_config.use_megatron_fsdp:
-            module.module.module.synchronize_param_gather()  # frees what was gathered, shards in its place
-        return told(sum_over_token_ranks(sums, module.config).cpu(), self.shapes)
+            of_rank = self._sums(model, config, dtype, read, own)
+            sums.index_add_(0, part_B, of_rank * sums.new_tensor(weights)[:, None])
+        return told(sum_over_token_ranks(sums, config).cpu(), self.shapes)
 
     def _part(self, evaluation):
         """Row of its sums: quarters of time within a shape."""
         quarter = evaluation.time_bin * NUM_REPORTED // NUM_BINS
         return self.shapes.index(evaluation.shape) * NUM_REPORTED + quarter
 
-    def _sums(self, module, own):
+    def _sums(self, model, config, dtype, read, own):
         """fp64 [B, 2]: loss and tokens of this rank, by evaluation."""
         batch = collate(
-            self.text.read([e.row for e in own]),
+            read([e.row for e in own]),
             [e.number for e in own],
             self.recipe.size.contexts,
             latent_channels=self.recipe.size.input_channels,
             token_limits=self.recipe.data.token_limits,
             statistics=self.reader.statistics,
-        ).to(torch.cuda.current_device(), module.data_dtype)
+        ).to(torch.cuda.current_device(), dtype)
         x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
-        with without_fp8(module.config):
-            velocity_SBX = module.module(x_BTCHW, t_B, batch.contexts, batch.masks)
-        error_SB = token_errors(velocity_SBX, target_BTCHW, module.config).double()
+        with without_fp8(config):
+            velocity_SBX = model(x_BTCHW, t_B, batch.contexts, batch.masks)
+        error_SB = token_errors(velocity_SBX, target_BTCHW, config).double()
         return torch.stack((error_SB.sum(dim=0), torch.ones_like(error_SB).sum(dim=0)), dim=1)
-
-    @property
-    def text(self):
-        """As `text_of`, from the first time it is needed: encoders in slices make it a collective."""
-        if not hasattr(self, "_text"):
-            self._text = text_of(self.reader, self.recipe, self.data)
-        return self._text
 
 
 def heldout_reader(recipe) -> LatentReader:

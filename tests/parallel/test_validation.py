@@ -207,7 +207,7 @@ def draw_by_rank(validation):
 def mix_up_shapes(validation):
     """Each rank has the shapes in an order of its own: their sums meet in the wrong rows."""
     if int(os.environ["RANK"]):
-        validation.shapes.reverse()
+        validation.held_out.shapes.reverse()
 
 
 @pytest.mark.parametrize("bug", [weigh_repeats, draw_by_rank, mix_up_shapes], ids=lambda bug: bug.__name__)
@@ -261,6 +261,32 @@ def test_a_resumed_run_measures_what_it_would_have_measured(tmp_path, latents, s
     run = train(tmp_path, latents, start, 1, num_steps=2)
     train_on_ranks(replace(run, num_steps=3), 1)
     assert told(run.output) == told(one_rank)
+
+
+def _losses_of_checkpoints(run_folder, latents, output):
+    """{step: losses} of the weights of each checkpoint, outside training."""
+    from nemo_moviegen.evaluation.checkpoints import validation_losses
+    from nemo_moviegen.generation.generate import Models
+
+    found = {}
+    for step in checkpoints(run_folder):
+        models = Models(
+            run=run_folder, autoencoder="", encoders="", latents=latents, step=step, weights="weights"
+        )
+        found[step] = validation_losses(models, output)
+    return found
+
+
+def test_a_checkpoint_has_the_losses_its_run_has_logged(tmp_path, latents, start):
+    """Seen to catch: the newest checkpoint in place of the step's; averaged weights in place of the raw."""
+    changes = {"save_every": 1, "keep_every": 1, "num_steps": 2, "ema_decay": 0.5}
+    run = train(tmp_path, latents, start, 2, layout=Layout(tensor=2, sharding="none"), **changes)
+    arguments = (run.output, latents, tmp_path / "out")
+    (found,) = run_on_ranks(_losses_of_checkpoints, *arguments, world_size=1)
+    logged = told(run.output)
+    assert list(found) == list(logged) == [1, 2]
+    for step, losses in found.items():
+        assert losses == pytest.approx(logged[step], rel=1e-9)
 
 
 def test_the_checkpoint_of_the_lowest_loss_stays(tmp_path, latents, start):
