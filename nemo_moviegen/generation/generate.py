@@ -20,7 +20,7 @@ from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sampling import STEPS, Sampler, decode, sample_latents
 from nemo_moviegen.training.checkpoint import checkpoints
-from nemo_moviegen.training.place import joined, rank_of_all
+from nemo_moviegen.training.place import joined
 
 _PAPERS, _ALONE = Sampler(), Layout()
 
@@ -85,12 +85,13 @@ def generate(
     files.check_settings(output, settings)
     rows = range(task[0], len(prompts), task[1])
     paths = {row: files.sample_file(output, row, prompts[row], bucket.num_frames) for row in rows}
-    missing = [row for row in rows if not paths[row].is_file()]
     told = files.of_task(output / files.SETTINGS_FILE, task)
     sheet = files.of_task(output / files.SHEET_FILE, task)
-    if not missing and sheet.is_file():
-        return [] if rank_of_all() else [*paths.values(), sheet, told]
     with joined(layout) as place:
+        # as the first rank sees it: another may look when files of this very call are there already
+        missing = place.of_first([row for row in rows if not paths[row].is_file()])
+        if place.of_first(not missing and sheet.is_file()):
+            return [] if place.rank else [*paths.values(), sheet, told]
         if place.rank == 0:
             files.write_settings(told, settings)
         texts = place.share(lambda: {row: rewrite(prompts[row]) if rewrite else prompts[row] for row in rows})

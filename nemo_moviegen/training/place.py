@@ -42,6 +42,10 @@ class Place:
             raise ValueError(made[1])
         return made[0]
 
+    def of_first(self, value):
+        """The value that the first of all ranks has, on every rank."""
+        return self.together(value)[0]
+
     def together(self, value):
         """The values of all ranks in their order, on every rank."""
         if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -49,11 +53,6 @@ class Place:
         values = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
-
-
-def rank_of_all() -> int:
-    """This rank among those torchrun started, joined or not; 0 where it is alone."""
-    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
