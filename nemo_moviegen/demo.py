@@ -6,7 +6,6 @@ stages.json, so a demo that was interrupted goes on where it was.
 
 import hashlib
 import json
-import os
 import shlex
 import shutil
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 from nemo_moviegen.report_charts import AUTOENCODER_REPORT
 from nemo_moviegen.report_scores import SHAPES_SCORES
 from nemo_moviegen.watch import run_watched
+from nemo_moviegen.writable import write_whole
 
 STAGES_FILE = "stages.json"
 PROMPTS_FILE = "prompts.txt"
@@ -228,9 +228,7 @@ def read_records(out) -> dict[str, dict]:
 def write_records(out, scale, stages, records):
     """Replace stages.json, in the order of the stages."""
     kept = [records[stage.name] for stage in stages if stage.name in records]
-    part = out / f".{STAGES_FILE}.part"
-    part.write_text(json.dumps({"scale": scale, "stages": kept}, indent=2) + "\n")
-    os.replace(part, out / STAGES_FILE)
+    write_whole(out / STAGES_FILE, json.dumps({"scale": scale, "stages": kept}, indent=2) + "\n")
 
 
 def forget(out, stages):

@@ -17,6 +17,7 @@ from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
 from nemo_moviegen.report_charts import AUTOENCODER_REPORT, LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
 from nemo_moviegen.report_scores import scores_part
+from nemo_moviegen.writable import write_whole
 
 RUNS = {
     "tae_image": "Image autoencoder",
@@ -68,9 +69,7 @@ def write_report(demo_folder, output_html) -> Path:
     }
     html = render("report.html.j2", **page)
     output_html.parent.mkdir(parents=True, exist_ok=True)
-    part = output_html.with_name(f".{output_html.name}.part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, output_html)
+    write_whole(output_html, html)
     return output_html
 
 

@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from nemo_moviegen.evaluation.spans import choose_spans, read_source
 from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.recipe import RECIPE_FILE, read_recipe
 from nemo_moviegen.tae.tiling import Tiling
+from nemo_moviegen.training.place import joined_world
 
 METRICS, VIDEO, DOTS, REPORT = "metrics.json", "side_by_side.mp4", "latent_dots.png", "report.html"
 
@@ -162,17 +162,9 @@ def _write(output, metrics, found):
 
 @contextlib.contextmanager
 def _ranks():
-    """(rank, number of ranks); joins torchrun's where this process is one of them and has not yet."""
-    starts = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
-    if starts:
-        # ranks that share clips meet once, at the end, where the others wait for the slowest
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=2))
-    try:
+    """(rank, number of ranks), of those torchrun started."""
+    with joined_world():
         yield (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    finally:
-        if starts:
-            dist.destroy_process_group()
 
 
 def _gathered(found, rank, num_ranks):

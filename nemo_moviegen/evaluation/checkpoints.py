@@ -8,7 +8,6 @@ The loss is that of `training.validation`, on the samples, noise and times it ha
 """
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from nemo_moviegen.evaluation.shapes import JOINT, evaluate_shapes
 from nemo_moviegen.sampling import Sampler
 from nemo_moviegen.training.checkpoint import checkpoints, load_video_model
 from nemo_moviegen.training.validation import HeldOut
+from nemo_moviegen.writable import write_whole
 
 RESULT, PLOT = "checkpoints.json", "loss_and_score.svg"
 KINDS = {"ema": "averaged", "weights": "raw"}
@@ -112,8 +112,8 @@ def _write(output, rows):
     of_kind = {kind: some for kind, some in of_kind.items() if some}
     found = {"rows": rows, "correlation": {kind: correlation(some) for kind, some in of_kind.items()}}
     output.mkdir(parents=True, exist_ok=True)
-    _replace(output / RESULT, json.dumps(found, indent=1) + "\n")
-    _replace(output / PLOT, _plot(of_kind, found["correlation"]))
+    write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
+    write_whole(output / PLOT, _plot(of_kind, found["correlation"]))
     return found
 
 
@@ -140,9 +140,3 @@ def _plot(of_kind, related):
     drawn = io.StringIO()
     figure.savefig(drawn, format="svg")
     return drawn.getvalue()
-
-
-def _replace(path, text):
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

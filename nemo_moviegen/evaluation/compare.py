@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from nemo_moviegen.evaluation.votes import AXES
+from nemo_moviegen.evaluation.votes import AXES, TIE
 from nemo_moviegen.generation.files import SETTINGS_FILE
 from nemo_moviegen.pages import render
 
@@ -16,8 +16,8 @@ def write_compare(folders, names, path, *, axes=("text", "quality"), limit=0) ->
     them. `limit` takes the first prompts only (0 = all). ValueError where a folder has no samples, the
     prompts differ, or names or axes do not serve.
     """
-    if len(folders) != 2 or len(set(names)) != 2 or "tie" in names:
-        raise ValueError(f"models {', '.join(names)}: compare two, of different names, none of them `tie`")
+    if len(folders) != 2 or len(set(names)) != 2 or TIE in names:
+        raise ValueError(f"models {', '.join(names)}: compare two, of different names, none of them `{TIE}`")
     if unknown := [axis for axis in axes if axis not in AXES]:
         raise ValueError(f"there is no axis {', '.join(unknown)}; use {', '.join(AXES)}")
     samples = [_samples(folder) for folder in folders]

@@ -7,7 +7,6 @@ the set if it has as many clips, and of the split heldout, whose pairs of colour
 """
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from nemo_moviegen.generation.generate import generate
 from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.sampling import Sampler
 from nemo_moviegen.video_files import read_frames
+from nemo_moviegen.writable import write_whole
 
 SCORES = "scores.json"
 _SAMPLER = Sampler(batch_size=16)
@@ -81,10 +81,7 @@ def evaluate_shapes(
     settings = json.loads(made[-1].read_text(encoding="utf-8"))
     settings = {key: value for key, value in settings.items() if key not in PER_TASK} | {"fps": list(rates)}
     scores = {"settings": settings, "rows": score_rows(samples, ATTRIBUTES), "samples": samples}
-    path = Path(output, SCORES)
-    part = path.with_name(f".part-{SCORES}")
-    part.write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(Path(output, SCORES), json.dumps(scores, indent=1) + "\n")
     return scores
 
 

@@ -64,10 +64,8 @@ def outcomes(rows) -> dict:
     for row in rows:
         votes[row["models"], row["axis"], row["number"]][row["choice"]] += 1
     found = defaultdict(list)
-    for (models, axis, _), counted in sorted(
-        votes.items(), key=lambda item: (item[0][0], item[0][1], item[0][2])
-    ):
-        found[models, axis].append(_sign(models, counted))
+    for models, axis, number in sorted(votes):
+        found[models, axis].append(_sign(models, votes[models, axis, number]))
     return dict(found)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from nemo_moviegen.video_files import contact_sheet, read_frames, stream_mp4, write_png
+from nemo_moviegen.writable import write_whole
 
 SETTINGS_FILE = "settings.json"
 SHEET_FILE = "contact_sheet.png"
@@ -68,9 +69,7 @@ def put_together(made) -> dict:
 
 def write_settings(path, settings) -> Path:
     """Write what samples are made with; returns the file."""
-    part = path.with_name(f".part-{path.name}")
-    part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, json.dumps(settings, indent=2) + "\n")
     return path
 
 

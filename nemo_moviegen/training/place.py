@@ -56,6 +56,24 @@ class Place:
 
 
 @contextlib.contextmanager
+def joined_world():
+    """Join the ranks torchrun started, where this process is one and has not yet; yields whether it did."""
+    starts = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if starts:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # ranks that share out samples meet once, at the end, where the others wait for the slowest
+        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=2))
+    try:
+        yield starts
+    finally:
+        if starts:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
 def joined(layout):
     """The `Place` of this rank in `layout`; joins the ranks torchrun started, or is a world of one.
 
@@ -63,22 +81,14 @@ def joined(layout):
     """
     num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
     layout.data_parallel(num_ranks)
-    starts = num_ranks > 1 and not dist.is_initialized()
-    if starts:
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        # copies meet at the end, where the others wait for the slowest
-        backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=2))
-    try:
-        yield _place(layout)
-    finally:
-        if starts:
-            from megatron.core import parallel_state
+    with joined_world() as starts:
+        try:
+            yield _place(layout)
+        finally:
+            if starts:
+                from megatron.core import parallel_state
 
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+                parallel_state.destroy_model_parallel()
 
 
 def _place(layout):
