@@ -217,7 +217,7 @@ def demo_command(options):
     """Run the whole chain at toy size."""
     from nemo_moviegen.demo import run_demo
 
-    run_demo(options.out, options.scale, fresh=options.fresh)
+    run_demo(options.out, options.scale, recipe=options.recipe, fresh=options.fresh)
 
 
 def generate_command(options):
@@ -390,7 +390,8 @@ def _evaluate_shapes(options):
 
 
 def _evaluate_checkpoints(options):
-    from nemo_moviegen.evaluation.checkpoints import PLOT, checkpoints_table, evaluate_checkpoints
+    from nemo_moviegen.evaluation.checkpoints import evaluate_checkpoints
+    from nemo_moviegen.evaluation.scores import CHECKPOINTS_PLOT, checkpoints_table, correlation_note
     from nemo_moviegen.tables import show
 
     if options.step:
@@ -405,7 +406,7 @@ def _evaluate_checkpoints(options):
         sampler=_sampler(options),
     )
     show(checkpoints_table(found))
-    print(Path(options.output) / PLOT)
+    print(correlation_note(found), Path(options.output) / CHECKPOINTS_PLOT, sep="\n")
 
 
 def _evaluate_votes(options):

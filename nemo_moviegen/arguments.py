@@ -127,7 +127,7 @@ def _parser():
         "--buckets",
         default="single",
         help="single (one shape for all), or what each clip fits of video_768, video_256, sft_768, "
-        "image_256, image_1024, ablation_192, tiny (%(default)s)",
+        "image_256, image_1024, ablation_192, tiny, shapes (%(default)s)",
     )
     add("--task", type=_task, default=(0, 1), metavar="I/N", help="be one of N tasks that share the work")
     add("--frames", type=int, help="frames of a clip; this and the next two default to the autoencoder's own")
@@ -138,7 +138,13 @@ def _parser():
     _add_tiles(add)
 
     add = command("demo", "run the whole chain at toy size, from raw video to prompted samples")
-    add("--out", default="out/demo", help="folder for everything (%(default)s)")
+    add(
+        "--recipe",
+        default="tiny.t2iv",
+        help="of the video model; tiny.shapes_long learns Moving Shapes at two frame rates, in an hour or so "
+        "(%(default)s)",
+    )
+    add("--out", help="folder for everything (out/demo, or that of the recipe)")
     add("--scale", type=float, default=1.0, help="0.05 is a quick look (%(default)s)")
     add(
         "--fresh", action="store_true", help="forget what an earlier demo did; else its finished stages stand"
@@ -310,7 +316,12 @@ def _add_models(add):
 
 def _add_sampler(add, batch=4):
     """`sampling.Sampler`."""
-    add("--method", default="euler", choices=("euler", "midpoint"), help="how a step is taken (%(default)s)")
+    add(
+        "--method",
+        default="",
+        choices=("euler", "midpoint", "ddim"),
+        help="how a step is taken: ddim of a model trained by v-prediction (euler)",
+    )
     add("--schedule", default="linear-quadratic", choices=("linear-quadratic", "linear"))
     add("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     add("--emulated-steps", type=int, default=250, help="N of the linear-quadratic schedule (%(default)s)")

@@ -133,6 +133,14 @@ BUCKET_SETS = {
             ),
             sizes=((64, 64), (48, 96)),
         ),
+        BucketSet(  # the two rates of finetuning (s3.3), by what a clip of 16 frames lasts
+            name="shapes",
+            durations=(
+                DurationBucket(shortest_seconds=16 / 24, longest_seconds=1, num_frames=16, fps=24),
+                DurationBucket(shortest_seconds=1, longest_seconds=120, num_frames=16, fps=16),
+            ),
+            sizes=((64, 64),),
+        ),
         BucketSet(name="tiny_image", durations=(), sizes=((64, 64),)),
         BucketSet(name="sft_768", durations=_SFT, sizes=_SIZES_768),
         BucketSet(

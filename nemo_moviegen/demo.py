@@ -10,46 +10,31 @@ import shlex
 import shutil
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_moviegen.report_charts import AUTOENCODER_REPORT
-from nemo_moviegen.report_scores import SHAPES_SCORES
+from nemo_moviegen.demo_stages import NUM_CLIPS, PROMPTS_FILE, RECIPE, Stage, demo_stages
 from nemo_moviegen.watch import run_watched
 from nemo_moviegen.writable import write_whole
 
 STAGES_FILE = "stages.json"
-PROMPTS_FILE = "prompts.txt"
-NUM_CLIPS, NUM_HELDOUT = 600, 24
-NUM_MEASURED = 12
-"""Held-out clips, and images, that the autoencoder and the image autoencoder rebuild for the comparison."""
 NUM_SEEN_PROMPTS, NUM_HELDOUT_PROMPTS = 4, 2
 """Shown on the page; further ones are made to be counted."""
-NUM_SEEN_SCORED, NUM_HELDOUT_SCORED = 48, 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """Commands (arguments of `moviegen`) that make `outputs` from what earlier stages made."""
-
-    name: str
-    commands: tuple[tuple[str, ...], ...]
-    outputs: tuple[Path, ...]
-    resumes: bool = False
-    """Whether an interrupted run goes on from what it left; otherwise that is deleted first."""
-
-
-def run_demo(out="out/demo", scale=1.0, *, fresh=False, num_clips=NUM_CLIPS) -> Path:
+def run_demo(out=None, scale=1.0, *, recipe=RECIPE, fresh=False, num_clips=NUM_CLIPS) -> Path:
     """Run every stage that is not done yet; returns the path of the report.
 
-    `scale` shrinks clips and training steps for a quick look; `fresh` forgets what an earlier demo did.
-    Raises ValueError where a setting does not serve, or a command failed: its own message stands above.
+    `recipe` is what the video model is trained by, `out` where everything goes: by default the folder that
+    the recipe's own is in. `scale` shrinks clips and training steps for a quick look; `fresh` forgets what an
+    earlier demo did. Raises ValueError where a setting does not serve, or a command failed: its own message
+    stands above.
     """
     if not 0 < scale <= 10:
         raise ValueError(f"scale is {scale}; 1 is the demo, 0.05 a quick look")
-    out = Path(out)
+    usual = Path(_video_recipe(recipe).output).parent
+    out = Path(out) if out else usual
     out.mkdir(parents=True, exist_ok=True)
-    stages = demo_stages(out, scale, num_clips)
+    stages = demo_stages(out, scale, num_clips, recipe)
     if fresh:
         forget(out, stages)
     records = read_records(out)
@@ -64,7 +49,7 @@ def run_demo(out="out/demo", scale=1.0, *, fresh=False, num_clips=NUM_CLIPS) -> 
         print(f"\n{title}", flush=True)
         record = start_record(stage, key_of[stage.name], records, goes_on=stage.resumes and not rerun)
         rerun = True
-        if stage.name == "clips":
+        if stage.name == "clips" and recipe == RECIPE:  # no film has its frame rate changed for another
             add_film(out)
         if stage.name == "generate":
             write_prompts(out)
@@ -72,63 +57,6 @@ def run_demo(out="out/demo", scale=1.0, *, fresh=False, num_clips=NUM_CLIPS) -> 
     report = stages[-1].outputs[0]
     print(f"\n{_summary(records)}\n{report}", flush=True)
     return report
-
-
-def demo_stages(out, scale, num_clips=NUM_CLIPS) -> list[Stage]:
-    """The stages in order, for a demo below the folder `out`."""
-    import recipes
-    from nemo_moviegen.validation import heldout_folder
-
-    tae_image, tae, t2i, t2iv = map(recipes.get, ("tae.tiny_image", "tae.tiny", "tiny.t2i", "tiny.t2iv"))
-    videos, clips, latents, encoders = out / "videos", out / "clips", out / "latents", out / "encoders"
-    manifest = clips / "manifest.parquet"
-    bucket = tae.data.bucket
-    frames, size, fps = bucket.num_frames, f"{bucket.height_px}x{bucket.width_px}", f"{bucket.fps:g}"
-    where = {"output": out / "t2i", "data.folder": latents}
-    shapes = ("shapes", videos / "shapes", "--clips", max(24, round(num_clips * scale)))
-    shapes += ("--heldout", max(4, round(NUM_HELDOUT * scale)))
-    curate = ("curate", videos, clips, "--recipe", "curation.tiny")
-    where_image = {"output": out / "tae_image", "data.manifest": manifest}
-    tae_image_train = train_command(tae_image, scale, where_image)
-    where_tae = {"output": out / "tae", "data.manifest": manifest, "init_from": out / "tae_image"}
-    tae_train = train_command(tae, scale, where_tae)
-    t2i_train = train_command(t2i, scale, where)
-    t2iv_train = train_command(t2iv, scale, {**where, "output": out / "t2iv", "init_from": out / "t2i"})
-    encode = ("encode", "--manifest", manifest, "--autoencoder", out / "tae", "--encoders", encoders)
-    encode += ("--output", latents, "--toy-encoders")
-    generate = ("generate", out / "t2iv", "--prompts-file", out / PROMPTS_FILE, "--output", out / "generated")
-    generate += ("--autoencoder", out / "tae", "--encoders", encoders, "--latents", latents)
-    generate += ("--frames", frames, "--size", size, "--fps", fps)
-    score = ("evaluate", "shapes", out / "t2iv", "--autoencoder", out / "tae", "--encoders", encoders)
-    score += ("--latents", latents, "--seen", max(2, round(NUM_SEEN_SCORED * min(scale, 1))))
-    score += ("--heldout", max(1, round(NUM_HELDOUT_SCORED * min(scale, 1))))
-    score += ("--output", out / SHAPES_SCORES.parent)
-    evaluate = ("evaluate", "tae", out / "tae", manifest, "--against", out / "tae_image", "--seconds", 1)
-    evaluate += ("--limit", NUM_MEASURED, "--output", out / AUTOENCODER_REPORT.parent)
-    report = out / "report.html"
-    return [
-        _stage("clips", (shapes, curate), videos, clips),
-        _stage("image autoencoder", (tae_image_train,), out / "tae_image", resumes=True),
-        _stage("autoencoder", (tae_train,), out / "tae", resumes=True),
-        _stage("autoencoder measured", (evaluate,), out / AUTOENCODER_REPORT.parent),
-        _stage("latents", (encode,), encoders, latents, heldout_folder(latents)),
-        _stage("images", (t2i_train,), out / "t2i", resumes=True),
-        _stage("images and video", (t2iv_train,), out / "t2iv", resumes=True),
-        _stage("generate", (generate,), out / "generated"),
-        _stage("scores", (score,), out / SHAPES_SCORES.parent),
-        _stage("report", (("report", out, "--output", report),), report),
-    ]
-
-
-def train_command(recipe, scale, settings) -> tuple[str, ...]:
-    """`train NAME` with the settings that differ from the recipe's, steps scaled."""
-    changed = {key: value for key, value in settings.items() if str(value) != str(_setting(recipe, key))}
-    if scale != 1:
-        changed["num_steps"] = steps = max(4, round(recipe.num_steps * scale))
-        changed["save_every"] = max(2, min(recipe.save_every or steps, steps // 2))
-        changed["log_every"] = max(1, min(recipe.log_every, steps // 20))
-        changed["optim.warmup_steps"] = max(1, round(recipe.optim.warmup_steps * min(scale, 1)))
-    return ("train", recipe.name, *(f"{key}={value}" for key, value in changed.items()))
 
 
 def add_film(out) -> Path:
@@ -236,15 +164,19 @@ def forget(out, stages):
     _delete([path for stage in stages for path in stage.outputs] + [out / STAGES_FILE, out / PROMPTS_FILE])
 
 
-def _stage(name, commands, *outputs, resumes=False):
-    commands = tuple(tuple(str(word) for word in command) for command in commands)
-    return Stage(name=name, commands=commands, outputs=outputs, resumes=resumes)
+def _video_recipe(name):
+    """A recipe that a demo can train: one of clips after images, in a folder beside those."""
+    import recipes
 
-
-def _setting(recipe, key):
-    for name in key.split("."):
-        recipe = getattr(recipe, name)
-    return recipe
+    able = {
+        other: recipe
+        for other in recipes.RECIPES
+        if (recipe := recipes.get(other)).init_from == str(Path(recipe.output).parent / "t2i")
+        and Path(recipe.output).name == "t2iv"
+    }
+    if name not in able:
+        raise ValueError(f"a demo can not train {name}: use {' or '.join(able)}")
+    return able[name]
 
 
 def _typed(command):

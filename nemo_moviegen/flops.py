@@ -1,8 +1,8 @@
 """Exact parameters and FLOPs of a Movie Gen transformer, part by part (s3.1.3, Table 1). No torch.
 
-What is counted is the model of `video/model.py`: linear layers without bias, one modulation shared by
-all layers plus a learned offset a layer, three position tables shared by all layers, and a projection
-with a LayerNorm for each text encoder.
+What is counted is the model of `video/model.py`: linear layers without bias (but those of a dit block), one
+modulation shared by all layers plus a learned offset a layer, three position tables shared by all layers, and
+a projection with a LayerNorm for each text encoder.
 
 FLOPs are those of matrix products, a multiply-add counted as 2; element-wise work is not counted, as
 peak FLOP/s leaves it out too. Attention is full: queries against all keys, no causal half; a pack costs the
@@ -37,18 +37,21 @@ COMPONENTS = (
 def parameters(size) -> dict[str, int]:
     """Learned numbers in each component of a `TransformerSize`; the values sum to the model's."""
     width, layers = size.width, size.num_layers
-    norms_per_layer = (2 + size.cross_attention_norm) * width + 2 * size.head_width * size.qk_norm
+    has_weights = size.block == "llama"  # its norms; the other block has biases
+    norms_per_layer = (2 + size.cross_attention_norm) * width * has_weights
+    norms_per_layer += 2 * size.head_width * size.qk_norm
+    biases = 0 if has_weights else layers
     counts = {
         "patch_embedding": size.input_patch_width * width,
         "time_embedding": _time_embedding(size),
         "positions": (size.max_frames + size.max_height + size.max_width) * width,
         "context_projections": sum(c.width * width + 2 * width for c in size.contexts),
         "modulation": 6 * width**2 + layers * 6 * width,
-        "self_attention_projections": layers * 4 * width**2,
-        "cross_attention_queries": layers * 2 * width**2,
-        "cross_attention_keys_values": layers * 2 * width**2,
-        "ffn": layers * _ffn_matrices(size) * width * size.ffn_width,
-        "norms": layers * norms_per_layer + width,
+        "self_attention_projections": layers * 4 * width**2 + biases * 4 * width,
+        "cross_attention_queries": layers * 2 * width**2 + biases * 2 * width,
+        "cross_attention_keys_values": layers * 2 * width**2 + biases * 2 * width,
+        "ffn": layers * _ffn_matrices(size) * width * size.ffn_width + biases * (size.ffn_width + width),
+        "norms": layers * norms_per_layer + width * has_weights,
         "head": width * size.output_patch_width,
     }
     return {name: counts.get(name, 0) for name in COMPONENTS}

@@ -64,19 +64,21 @@ def interpolate(noise_BTCHW, data_BTCHW, t_B) -> torch.Tensor:
 
     In the widest dtype of the three. ValueError if the shapes differ.
     """
-    _check_pair(noise_BTCHW, data_BTCHW)
-    if t_B.shape != data_BTCHW.shape[:1]:
-        raise ValueError(
-            f"{tuple(t_B.shape)} times for {data_BTCHW.shape[0]} samples: pass one time a sample, t_B"
-        )
+    check_pair(noise_BTCHW, data_BTCHW, t_B)
     t = t_B.reshape(-1, *[1] * (data_BTCHW.dim() - 1))
     return t * data_BTCHW + (1 - (1 - SIGMA_MIN) * t) * noise_BTCHW
 
 
 def velocity_target(noise_BTCHW, data_BTCHW) -> torch.Tensor:
     """dX_t/dt, the same at every t (s3.1.2): what the model learns. ValueError if the shapes differ."""
-    _check_pair(noise_BTCHW, data_BTCHW)
+    check_pair(noise_BTCHW, data_BTCHW)
     return data_BTCHW - (1 - SIGMA_MIN) * noise_BTCHW
+
+
+def noisy_pair(noise_BTCHW, data_BTCHW, t_B) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_t, velocity target) of `interpolate` and `velocity_target`, in the dtype of the data."""
+    x_BTCHW = interpolate(noise_BTCHW, data_BTCHW, t_B.to(data_BTCHW.dtype))
+    return x_BTCHW, velocity_target(noise_BTCHW, data_BTCHW)
 
 
 def linear_schedule(num_steps) -> torch.Tensor:
@@ -110,14 +112,14 @@ def linear_quadratic_schedule(num_steps=50, emulated_steps=250) -> torch.Tensor:
 
 def euler_step(velocity_fn, x_BTCHW, t, t_next) -> torch.Tensor:
     """x at t_next from x at t, with one velocity: the paper's choice (s3.4). t and t_next are floats."""
-    return x_BTCHW + (t_next - t) * _velocity(velocity_fn, x_BTCHW, t)
+    return x_BTCHW + (t_next - t) * velocity_at(velocity_fn, x_BTCHW, t)
 
 
 def midpoint_step(velocity_fn, x_BTCHW, t, t_next) -> torch.Tensor:
     """x at t_next from x at t, with the velocity half-way: second order, two model calls a step."""
     middle = (t + t_next) / 2
-    x_middle = x_BTCHW + (middle - t) * _velocity(velocity_fn, x_BTCHW, t)
-    return x_BTCHW + (t_next - t) * _velocity(velocity_fn, x_middle, middle)
+    x_middle = x_BTCHW + (middle - t) * velocity_at(velocity_fn, x_BTCHW, t)
+    return x_BTCHW + (t_next - t) * velocity_at(velocity_fn, x_middle, middle)
 
 
 def guide(conditional, unconditional, scale) -> torch.Tensor:
@@ -145,7 +147,8 @@ def sample(velocity_fn, noise_BTCHW, schedule, step=euler_step, progress=None) -
     return x_BTCHW
 
 
-def _velocity(velocity_fn, x_BTCHW, t):
+def velocity_at(velocity_fn, x_BTCHW, t) -> torch.Tensor:
+    """What `velocity_fn(x_BTCHW, t_B)` gives at one time, a float, in the dtype of x."""
     dtype = (
         torch.float64 if x_BTCHW.dtype == torch.float64 else torch.float32
     )  # bfloat16 cannot tell 0.1 from 0.1004
@@ -182,9 +185,12 @@ def _sample_keys(sample_ids, epochs):
     return list(zip(sample_ids, epochs, strict=True))
 
 
-def _check_pair(noise, data):
+def check_pair(noise, data, t_B=None):
+    """ValueError if noise and data have two shapes, or there is not one time a sample."""
     if noise.shape != data.shape:
         raise ValueError(
             f"noise of shape {tuple(noise.shape)} with data of shape {tuple(data.shape)}: "
             "draw the noise with the latent's (T, C, H, W)"
         )
+    if t_B is not None and t_B.shape != data.shape[:1]:
+        raise ValueError(f"{tuple(t_B.shape)} times for {data.shape[0]} samples: pass one time a sample, t_B")

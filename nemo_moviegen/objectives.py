@@ -1,10 +1,13 @@
-"""What an autoencoder is trained for (Movie Gen s3.1.1): its losses and its discriminator. No torch.
+"""What is trained for: the names of a video model's objectives, an autoencoder's losses (s3.1.1). No torch.
 
 The paper gives the weight of the outlier penalty and its r; all other numbers are our default (LDM's).
 """
 
 import math
 from dataclasses import dataclass
+
+VIDEO_OBJECTIVES = ("flow_matching", "v_prediction")
+"""The paper's (s3.1.2), and the diffusion it is compared with (s3.6.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from nemo_moviegen.inputs import ClipData as ClipData
 from nemo_moviegen.inputs import LatentData as LatentData
 from nemo_moviegen.layout import Layout as Layout
 from nemo_moviegen.layout import nearest_bucket
+from nemo_moviegen.objectives import VIDEO_OBJECTIVES
 from nemo_moviegen.objectives import AutoencoderLosses as AutoencoderLosses
 from nemo_moviegen.objectives import DiscriminatorSettings as DiscriminatorSettings
 from nemo_moviegen.optim import Optim as Optim
@@ -107,10 +108,12 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRecipe(Recipe):
-    """Flow-matching training of a video transformer (s3.2)."""
+    """Training of a video transformer (s3.2)."""
 
     size: TransformerSize
     data: LatentData
+    objective: str = "flow_matching"
+    """flow_matching (s3.1.2); or v_prediction, the diffusion it is compared with (s3.6.2)."""
     latent_frames: int
     """Latent (frames, height, width) of the stage's longest clip at its first aspect ratio."""
     latent_height: int
@@ -133,6 +136,10 @@ class VideoRecipe(Recipe):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.objective not in VIDEO_OBJECTIVES:
+            raise ValueError(
+                f"{self.name}: objective is {self.objective!r}; use {' or '.join(VIDEO_OBJECTIVES)}"
+            )
         if self.optim.kind != "adamw":
             raise ValueError(
                 f"{self.name}: optim.kind={self.optim.kind} is for autoencoders: set optim.kind=adamw"

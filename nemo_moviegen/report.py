@@ -16,7 +16,7 @@ from nemo_moviegen.pages import render
 from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE
 from nemo_moviegen.report_charts import AUTOENCODER_REPORT, LABELS, curves_svg, read_metrics, series
 from nemo_moviegen.report_samples import data_uri, samples_part
-from nemo_moviegen.report_scores import scores_part
+from nemo_moviegen.report_scores import checkpoints_part, scores_part
 from nemo_moviegen.writable import write_whole
 
 RUNS = {
@@ -66,6 +66,7 @@ def write_report(demo_folder, output_html) -> Path:
         **data_part(demo),
         **samples_part(demo),
         **scores_part(demo),
+        **checkpoints_part(demo),
     }
     html = render("report.html.j2", **page)
     output_html.parent.mkdir(parents=True, exist_ok=True)

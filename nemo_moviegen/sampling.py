@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from nemo_moviegen import flow
+from nemo_moviegen.training_objective import OBJECTIVES
 
-STEPS = {"euler": flow.euler_step, "midpoint": flow.midpoint_step}
-"""How a step is taken. Euler is the paper's choice for video, midpoint for audio (s3.4, s6.1.4)."""
+METHODS = tuple(name for objective in OBJECTIVES.values() for name in objective.steps)
 SCHEDULES = ("linear-quadratic", "linear")
 
 
@@ -18,8 +18,9 @@ SCHEDULES = ("linear-quadratic", "linear")
 class Sampler:
     """How noise becomes a latent: the paper's way by default (s3.4)."""
 
-    method: str = "euler"
-    """euler, or midpoint: second order, the model is called twice a step."""
+    method: str = ""
+    """euler, the paper's choice for video; midpoint, for audio: second order, the model is called twice a
+    step (s3.4, s6.1.4); ddim, of a model trained by v-prediction; "" = as the model was trained."""
     schedule: str = "linear-quadratic"
     """linear-quadratic: half of the steps are the first of `emulated_steps` even ones, the rest reach the
     data on a parabola. linear: even steps."""
@@ -34,9 +35,9 @@ class Sampler:
     """Prompts sampled at once by one copy of the model; changes no sample."""
 
     def __post_init__(self):
-        for name, known in (("method", STEPS), ("schedule", SCHEDULES)):
+        for name, known in (("method", ("", *METHODS)), ("schedule", SCHEDULES)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(known)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use {' or '.join(filter(None, known))}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; use 1 or more")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 1000:
@@ -53,9 +54,24 @@ class Sampler:
 
     def told(self) -> str:
         """In words, as in `linear-quadratic, 50 Euler steps emulating 250`."""
-        name = self.method.capitalize() if self.method == "euler" else self.method
+        name = {"": "Euler", "euler": "Euler", "ddim": "DDIM"}.get(self.method, self.method)
         emulating = f" emulating {self.emulated_steps}" if self.schedule == "linear-quadratic" else ""
         return f"{self.schedule}, {self.num_steps} {name} steps{emulating}"
+
+
+def method_of(objective, method="") -> str:
+    """The method, "" being that of the objective (a recipe's word); ValueError for another objective's."""
+    steps = OBJECTIVES[objective].steps
+    if method and method not in steps:
+        raise ValueError(
+            f"method is {method}, and the model was trained by {objective}: use {' or '.join(steps)}"
+        )
+    return method or next(iter(steps))
+
+
+def step_of(objective, method=""):
+    """The function that takes a step of `method_of`."""
+    return OBJECTIVES[objective].steps[method_of(objective, method)]
 
 
 def sample_latents(

@@ -18,6 +18,9 @@ class ContextSize:
     """Tokens kept of one prompt; longer prompts are cut."""
 
 
+BLOCKS = ("llama", "dit")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerSize:
     """Sizes of a Movie Gen transformer (Table 1): latents in, velocities out."""
@@ -40,8 +43,11 @@ class TransformerSize:
     max_height: int = 96
     max_width: int = 96
     contexts: tuple[ContextSize, ...] = ()
+    block: str = "llama"
+    """llama: RMSNorm with weights, no biases (s3.1.3). dit: what it is compared with (s3.6.2, Table 9):
+    LayerNorm without weights, biases, a plain FFN with SiLU."""
     gated_ffn: bool = True
-    """SwiGLU (video) or a plain two-matrix GELU FFN (audio)."""
+    """SwiGLU (video) or a plain two-matrix FFN: GELU (audio), SiLU in a dit block."""
     qk_norm: bool = False
     """RMSNorm on queries and keys: a stability switch, not in the paper."""
     cross_attention_norm: bool = False
@@ -63,6 +69,11 @@ class TransformerSize:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{self.name}: {name} is {getattr(self, name)}; use 1 or more")
+        if self.block not in BLOCKS or (self.block == "dit" and self.gated_ffn):
+            raise ValueError(
+                f"{self.name}: block is {self.block!r}, gated_ffn {self.gated_ffn}; use block llama, or dit "
+                "with gated_ffn=false"
+            )
         if self.width % self.num_heads:
             raise ValueError(
                 f"{self.name}: width {self.width} does not split into {self.num_heads} heads; "

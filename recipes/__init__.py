@@ -13,6 +13,7 @@ RECIPES = {
     "tae.small_opl": tae.small_opl,
     "tiny.t2i": tiny.t2i,
     "tiny.t2iv": tiny.t2iv,
+    "tiny.shapes_long": tiny.shapes_long,
     **{f"tiny.{name}": twin for name, twin in tiny.TWINS.items()},
     "ablation_5b.t2i": ablation_5b.t2i,
     "ablation_5b.t2iv": ablation_5b.t2iv,

@@ -52,6 +52,25 @@ def t2iv() -> VideoRecipe:
     )
 
 
+def shapes_long() -> VideoRecipe:
+    """Moving Shapes at 16 and 24 frames a second, the rates of finetuning (s3.3), until prompts are right.
+
+    `moviegen demo --recipe tiny.shapes_long` makes the clips, trains what comes before, and counts.
+    """
+    base = t2iv()
+    return replace(
+        base,
+        name="tiny.shapes_long",
+        data=replace(base.data, folder="out/shapes_long/latents", buckets="shapes"),
+        num_steps=6000,
+        output="out/shapes_long/t2iv",
+        save_every=500,
+        keep_every=500,
+        init_from="out/shapes_long/t2i",
+        validation=Validation(every=500, num_samples=48),
+    )
+
+
 def twin_of(function, name):
     """The recipe function `tiny.NAME` of a full-size one at toy size.
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from nemo_moviegen.evaluation import checkpoints as room
-from nemo_moviegen.evaluation.checkpoints import checkpoints_table, correlation, evaluate_checkpoints
+from nemo_moviegen.evaluation.checkpoints import correlation, evaluate_checkpoints
+from nemo_moviegen.evaluation.scores import checkpoints_table, correlation_note, shown_checkpoints
 from nemo_moviegen.evaluation.shapes import ATTRIBUTES
 from nemo_moviegen.generation.generate import Models
 from nemo_moviegen.recipe import recipe_yaml
@@ -71,7 +72,13 @@ def test_every_checkpoint_is_measured_with_both_kinds_of_weights(models, tmp_pat
     )
     assert json.loads((tmp_path / "out" / "checkpoints.json").read_text()) == found
     assert "Spearman -1.00" in (tmp_path / "out" / "loss_and_score.svg").read_text()
-    assert "over 3 checkpoints" in checkpoints_table(found).caption
+    assert correlation_note(found) == (
+        "Averaged weights: Pearson -0.96, Spearman -1.00 over 3 checkpoints; raw weights: Pearson -0.96, "
+        "Spearman -1.00 over 3 checkpoints."
+    )
+    heads, told = shown_checkpoints(found)
+    assert told[0][:3] == ["10", "averaged", "0.1000"] and told[0][3].startswith("50.0% (")
+    assert checkpoints_table(found).row_count == len(told) == 6 and len(heads) == len(told[0])
 
 
 def test_one_kind_of_weights_may_be_asked_for(models, tmp_path):

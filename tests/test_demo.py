@@ -1,5 +1,6 @@
 """The demo: real commands in order, finished stages not repeated, failures told, memory measured."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,16 +12,11 @@ from pathlib import Path
 import pytest
 
 from nemo_moviegen import demo
+from nemo_moviegen.buckets import bucket_set
+from nemo_moviegen.data.buckets import assign
 from nemo_moviegen.data.synthetic import write_moving_shapes
-from nemo_moviegen.demo import (
-    NUM_HELDOUT_PROMPTS,
-    NUM_SEEN_PROMPTS,
-    Stage,
-    choose_prompts,
-    demo_stages,
-    keyed,
-    run_demo,
-)
+from nemo_moviegen.demo import NUM_HELDOUT_PROMPTS, NUM_SEEN_PROMPTS, choose_prompts, keyed, run_demo
+from nemo_moviegen.demo_stages import Stage, demo_stages
 from nemo_moviegen.video_files import read_frames
 from nemo_moviegen.watch import resident_bytes, run_watched
 
@@ -30,7 +26,7 @@ def told(monkeypatch, tmp_path):
     """A three-stage demo of which every command writes its stage's file; returns the list of commands run."""
     ran, codes = [], {}
 
-    def stages(out, scale, num_clips):
+    def stages(out, scale, num_clips, recipe):
         def stage(name, resumes=False):
             return Stage(name=name, commands=((name, str(scale)),), outputs=(out / name,), resumes=resumes)
 
@@ -149,13 +145,43 @@ def test_the_commands_of_the_standard_demo_change_nothing_of_the_recipes():
     assert trained == [("train", name) for name in names]
 
 
-def test_every_command_of_the_demo_is_one_the_command_line_takes(tmp_path):
+def test_the_long_run_has_clips_of_both_rates_and_measures_its_checkpoints():
+    stages = demo_stages(Path("out/shapes_long"), 1.0, recipe="tiny.shapes_long")
+    commands = {stage.name: stage.commands for stage in stages}
+    assert commands["images and video"] == (("train", "tiny.shapes_long"),), "as the recipe has it"
+    manifests = [after for word, after in itertools.pairwise(commands["latents"][0]) if word == "--manifest"]
+    assert manifests == [
+        "out/shapes_long/clips/manifest.parquet",
+        "out/shapes_long/videos_24_fps/manifest.parquet",
+    ]
+    assert commands["clips"][2][-4:] == ("--fps", "24", "--seed", "24")
+    assert commands["scores"][0][-3:] == ("--fps", "16", "24")
+    assert commands["checkpoints"][0][:2] == ("evaluate", "checkpoints")
+
+
+def test_clips_of_the_long_run_fit_its_buckets_and_are_all_different(tmp_path):
+    rows = write_moving_shapes(tmp_path / "a", 2, progress=False)
+    rows += write_moving_shapes(tmp_path / "b", 2, fps=24, seed=24, progress=False)
+    assigned = assign(rows, bucket_set("shapes"))
+    assert (assigned.problem_N == 0).all()
+    videos = [row.kind == "video" for row in rows]
+    assert assigned.fps_N[videos].tolist() == [16, 16, 24, 24]
+    assert len({row.clip_id for row in rows}) == len(rows)
+
+
+def test_a_recipe_that_no_demo_leads_to_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"can not train tiny\.t2i: use tiny\.t2iv or tiny\.shapes_long"):
+        run_demo(tmp_path, recipe="tiny.t2i")
+
+
+@pytest.mark.parametrize("recipe", ["tiny.t2iv", "tiny.shapes_long"])
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_every_command_of_the_demo_is_one_the_command_line_takes(scale, recipe, tmp_path):
     from nemo_moviegen.arguments import parse
 
-    for scale in (1.0, 0.01):
-        for stage in demo_stages(tmp_path / "elsewhere", scale):
-            for command in stage.commands:
-                assert parse(list(command)).command == command[0]
+    for stage in demo_stages(tmp_path / "elsewhere", scale, recipe=recipe):
+        for command in stage.commands:
+            assert parse(list(command)).command == command[0]
 
 
 def test_prompts_are_unlike_each_other_and_cover_both_splits(tmp_path):

@@ -14,6 +14,8 @@ ROWS = [  # each row may import the rows before it; within a row nobody imports 
     {"flops", "buckets", "windows"},
     {"recipe"},
     {"cluster", "node", "batch", "flow", "prompts", "video_files", "watch", "utilisation"},
+    {"diffusion"},
+    {"training_objective"},
     {"data", "tae", "text_encoders", "video", "live", "planning"},
     {"sampling"},
     {"training"},
@@ -23,7 +25,8 @@ ROWS = [  # each row may import the rows before it; within a row nobody imports 
     {"report_scores"},
     {"report"},
     {"recipes"},
-    {"tables", "demo", "arguments"},
+    {"tables", "demo_stages", "arguments"},
+    {"demo"},
     {"__main__", "nemo_cli"},
 ]
 NO_TORCH = (

@@ -37,15 +37,15 @@ def on_one_rank(fn, *args):
     return run_on_ranks(fn, *args, world_size=1)[0]
 
 
-def _count(name):
+def _count(size):
     with torch.device("meta"):
-        model = build(sizes.SIZES[name], "bf16", perform_initialization=False)
+        model = build(size, "bf16", perform_initialization=False)
     return sum(p.numel() for p in model.parameters()), model.config
 
 
 @pytest.mark.parametrize("name", sizes.SIZES)
 def test_the_plain_count_is_the_built_model_exactly(name):
-    built, config = on_one_rank(_count, name)
+    built, config = on_one_rank(_count, sizes.SIZES[name])
     assert built == sum(flops.parameters(sizes.SIZES[name]).values())
     assert (config.normalization, config.layernorm_epsilon, config.add_bias_linear) == (
         "RMSNorm",
@@ -53,6 +53,44 @@ def test_the_plain_count_is_the_built_model_exactly(name):
         False,
     )
     assert config.num_query_groups == config.num_attention_heads  # MHA, no GQA
+
+
+def _dit():
+    built, config = _count(tiny.DIT_SIZE)
+    model = build(tiny.DIT_SIZE)
+    tiny.open_gates(model)
+    batch, t_B = tiny.batch(2), torch.tensor([0.2, 0.7], dtype=torch.float64)
+    seen = {}
+
+    def keep(module, inputs, output):
+        seen[type(module).__name__] = inputs, output
+
+    layer = model.decoder.layers[0]
+    for module in (layer.input_layernorm, layer.mlp, layer.mlp.linear_fc1):
+        module.register_forward_hook(keep)
+    model.velocity(batch.latent_BTCHW, t_B, batch.contexts, batch.masks)
+    return built, config, seen, dict(layer.mlp.named_parameters())
+
+
+def test_a_dit_block_has_layer_norms_without_weights_biases_and_silu():
+    """Table 9: what s3.6.2 compares with."""
+    built, config, seen, mlp = on_one_rank(_dit)
+    assert built == sum(flops.parameters(tiny.DIT_SIZE).values())
+    assert (config.layernorm_epsilon, config.add_bias_linear, config.gated_linear_unit) == (1e-6, True, False)
+    (x, scale, shift), normed = seen["ModulatedLayerNorm"]
+    centred = x - x.mean(-1, keepdim=True)
+    unit = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert (normed - unit * (1 + scale) - shift).abs().max() < 1e-12
+    (x, *_), (mixed, bias) = seen["MLP"]
+    hidden = torch.nn.functional.silu(x @ mlp["linear_fc1.weight"].T + mlp["linear_fc1.bias"])
+    assert (mixed - hidden @ mlp["linear_fc2.weight"].T).abs().max() < 1e-12
+    assert torch.equal(bias, mlp["linear_fc2.bias"]) and bias.abs().min() > 0
+
+
+@pytest.mark.parametrize("fields", [{"block": "gpt"}, {"block": "dit", "gated_ffn": True}])
+def test_a_block_that_is_not_there_is_refused(fields):
+    with pytest.raises(ValueError, match="use block llama, or dit with gated_ffn=false"):
+        replace(tiny.SIZE, **fields)
 
 
 @settings(max_examples=30, derandomize=True, deadline=None)

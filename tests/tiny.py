@@ -1,5 +1,7 @@
 """Sizes and inputs every test of the backbone shares: small enough for seconds, shaped to reveal."""
 
+from dataclasses import replace
+
 import torch
 
 from nemo_moviegen.batch import VideoBatch
@@ -26,6 +28,7 @@ SIZE = TransformerSize(
     cross_attention_norm=True,
     time_frequencies=16,
 )
+DIT_SIZE = replace(SIZE, name="test_dit", block="dit", gated_ffn=False)
 LATENT_SHAPE = (3, 8, 4)  # frames, height, width: all different, 24 tokens
 
 
@@ -57,5 +60,7 @@ def open_gates(model, seed=0):
     for name, parameter in model.named_parameters():
         if "modulation" in name or name.startswith("head"):
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        elif name.endswith(".bias") and "decoder" in name:  # of a dit block's linears
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         elif "norm" in name and "weight" in name:
             parameter.copy_(1 + 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))

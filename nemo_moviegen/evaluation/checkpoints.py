@@ -11,14 +11,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_moviegen.evaluation.scores import wilson_interval
+from nemo_moviegen.evaluation.scores import CHECKPOINTS_FILE, CHECKPOINTS_PLOT, wilson_interval
 from nemo_moviegen.evaluation.shapes import JOINT, evaluate_shapes
 from nemo_moviegen.sampling import Sampler
 from nemo_moviegen.training.checkpoint import checkpoints, load_video_model
 from nemo_moviegen.training.validation import HeldOut
 from nemo_moviegen.writable import write_whole
 
-RESULT, PLOT = "checkpoints.json", "loss_and_score.svg"
 KINDS = {"ema": "averaged", "weights": "raw"}
 FEWEST_POINTS = 3
 """Checkpoints from which a correlation is told."""
@@ -68,28 +67,6 @@ def correlation(rows) -> dict | None:
     return {"pearson": float(pearson[0]), "spearman": float(spearman[0]), "points": len(rows)}
 
 
-def checkpoints_table(found):
-    """A rich table: a row for each checkpoint and kind of weights, correlations below."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    told = []
-    for kind, related in found["correlation"].items():
-        if related:
-            told.append(
-                f"{kind}: Pearson {related['pearson']:+.2f}, Spearman {related['spearman']:+.2f} "
-                f"over {related['points']} checkpoints"
-            )
-    table = Table(box=SIMPLE_HEAD, caption="\n".join(told) or "too few checkpoints for a correlation")
-    for head in ("step", "weights", "validation loss", JOINT, "every word"):
-        table.add_column(head, justify="left" if head == "weights" else "right")
-    for row in found["rows"]:
-        score = f"{row['score']:.1%} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
-        words = f"{row['scores']['all words']:.1%}"
-        table.add_row(str(row["step"]), row["weights"], f"{row['loss']:.4f}", score, words)
-    return table
-
-
 def _kinds(run_folder):
     """The kinds of weights a run keeps."""
     from nemo_moviegen.recipe import RECIPE_FILE, read_recipe
@@ -112,8 +89,8 @@ def _write(output, rows):
     of_kind = {kind: some for kind, some in of_kind.items() if some}
     found = {"rows": rows, "correlation": {kind: correlation(some) for kind, some in of_kind.items()}}
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / RESULT, json.dumps(found, indent=1) + "\n")
-    write_whole(output / PLOT, _plot(of_kind, found["correlation"]))
+    write_whole(output / CHECKPOINTS_FILE, json.dumps(found, indent=1) + "\n")
+    write_whole(output / CHECKPOINTS_PLOT, _plot(of_kind, found["correlation"]))
     return found
 
 

@@ -2,6 +2,8 @@
 
 import math
 
+CHECKPOINTS_FILE, CHECKPOINTS_PLOT = "checkpoints.json", "loss_and_score.svg"
+"""What `evaluate checkpoints` writes."""
 Z_95 = 1.959963984540054
 """Deviations of a normal distribution that hold 95 of 100."""
 
@@ -51,16 +53,14 @@ def shown_scores(scores) -> tuple[list[str], list[list[str]]]:
 
 def scores_table(scores):
     """A rich table of the scores."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     heads, rows = shown_scores(scores)
-    table = Table(box=SIMPLE_HEAD)
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return _table(heads, rows, left=[""])
+
+
+def checkpoints_table(found):
+    """A rich table of what checkpoints.json holds."""
+    heads, rows = shown_checkpoints(found)
+    return _table(heads, rows, left=["weights"])
 
 
 def scores_note(scores) -> str:
@@ -73,5 +73,45 @@ def scores_note(scores) -> str:
     )
 
 
+def shown_checkpoints(found) -> tuple[list[str], list[list[str]]]:
+    """(heads, rows) as text of what checkpoints.json holds: a row for each checkpoint and kind of weights."""
+    heads = ["step", "weights", "validation loss", "color and direction", "every word"]
+    rows = [
+        [
+            f"{row['step']:,}",
+            row["weights"],
+            f"{row['loss']:.4f}",
+            _cell({**row, "share": row["score"]}),
+            f"{row['scores']['all words']:.1%}",
+        ]
+        for row in found["rows"]
+    ]
+    return heads, rows
+
+
+def correlation_note(found) -> str:
+    """How loss and score go together over the checkpoints, a sentence for each kind of weights."""
+    told = [
+        f"{kind} weights: Pearson {related['pearson']:+.2f}, Spearman {related['spearman']:+.2f} over "
+        f"{related['points']} checkpoints"
+        for kind, related in found["correlation"].items()
+        if related
+    ]
+    told = "; ".join(told) or "too few checkpoints that differ for a correlation"
+    return f"{told[0].upper()}{told[1:]}."
+
+
 def _cell(row):
     return f"{row['share']:.1%} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+
+
+def _table(heads, rows, left):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD)
+    for head in heads:
+        table.add_column(head, justify="left" if head in left else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -51,7 +51,7 @@ def evaluate_shapes(
     """Make the videos of the benchmark and read them; returns what scores.json holds.
 
     {"settings": of `generate`, "rows": [{group, attribute, right, of, share, low, high}], "samples": [{file,
-    group, prompt, asked, read, right}]}. With several `rates` every prompt is made at each, in groups of
+    group, prompt, fps, asked, read, right}]}. With several `rates` every prompt is made at each, in groups of
     their own. Videos that are there are not made again. `task` (I, N) makes every Nth from the Ith; all but
     the last to end return None, as do ranks but the first. ValueError as `generate`, and for numbers that
     make no benchmark.
@@ -101,6 +101,7 @@ def judge(file, group, prompt, spec, fps) -> dict:
         "file": file,
         "group": group,
         "prompt": prompt,
+        "fps": fps,
         "asked": asked,
         "read": asdict(reading),
         "right": right,

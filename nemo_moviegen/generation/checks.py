@@ -6,14 +6,18 @@ from pathlib import Path
 from nemo_moviegen.buckets import bucket_set
 from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.recipe import RECIPE_FILE, TaeRecipe, VideoRecipe, read_recipe
+from nemo_moviegen.sampling import method_of
 from nemo_moviegen.writable import why_not_writable
 
 LATENT_STRIDE = 8
 """Pixels of one latent position along each side, and the paper's frames of one (s3.1.1)."""
 
 
-def check_inputs(models, prompts, bucket, layout) -> tuple[int, int, int]:
-    """(frames, height, width) of the latents; ValueError where a folder, prompt or size does not serve."""
+def check_inputs(models, prompts, bucket, sampler, layout) -> tuple[tuple[int, int, int], str]:
+    """((frames, height, width) of the latents, how the model takes a step).
+
+    ValueError where a folder, prompt, size or the sampler does not serve.
+    """
     for kind, folder in models.folders().items():
         check_folder(kind, folder)
     check_prompts(prompts)
@@ -21,14 +25,15 @@ def check_inputs(models, prompts, bucket, layout) -> tuple[int, int, int]:
     autoencoder = read_autoencoder_size(models.autoencoder)
     compression = autoencoder.temporal_compression
     latent_THW = latent_size(bucket.num_frames, bucket.height_px, bucket.width_px, compression)
-    size = check_fits(models.run, latent_THW)
+    recipe = check_fits(models.run, latent_THW)
+    size = recipe.size
     if autoencoder.latent_channels != size.output_channels:
         raise ValueError(
             f"{models.autoencoder} decodes latents of {autoencoder.latent_channels} channels, {models.run} "
             f"makes {size.output_channels}: give the autoencoder that encoded what the model was trained on"
         )
     check_layout(size, latent_THW, layout)
-    return latent_THW
+    return latent_THW, method_of(recipe.objective, sampler.method)
 
 
 def check_layout(size, latent_THW, layout):
@@ -94,7 +99,7 @@ def check_folder(kind, folder):
 
 
 def check_fits(run_folder, latent_THW):
-    """The run's `TransformerSize`; ValueError where it has no recipe, or position tables too small."""
+    """The run's `VideoRecipe`; ValueError where it has no recipe, or position tables too small."""
     path = Path(run_folder) / RECIPE_FILE
     if not path.is_file():
         raise ValueError(f"{run_folder} holds no recipe.yaml: it is not the output folder of a training run")
@@ -104,7 +109,7 @@ def check_fits(run_folder, latent_THW):
             f"{run_folder} holds a run of {recipe.name}, which is no video model: give one that is"
         )
     recipe.size.num_tokens(latent_THW)
-    return recipe.size
+    return recipe
 
 
 def read_autoencoder_size(folder):

@@ -18,7 +18,7 @@ from nemo_moviegen.generation import files
 from nemo_moviegen.generation.checks import check_inputs, check_writable
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
-from nemo_moviegen.sampling import STEPS, Sampler, decode, sample_latents
+from nemo_moviegen.sampling import Sampler, decode, sample_latents, step_of
 from nemo_moviegen.training.checkpoint import checkpoints
 from nemo_moviegen.training.place import joined
 
@@ -78,7 +78,8 @@ def generate(
     Raises ValueError before any model is loaded where a folder, prompt, size or the output does not serve.
     """
     output = Path(output)
-    latent_THW = check_inputs(models, prompts, bucket, layout)
+    latent_THW, method = check_inputs(models, prompts, bucket, sampler, layout)
+    sampler = replace(sampler, method=method)
     check_writable(output)
     models = replace(models, step=models.step or max(checkpoints(models.run), default=0))
     settings = files.settings_of(models, prompts, bucket, sampler, rewrite)
@@ -140,6 +141,7 @@ def _make(models, wanted, shape, sampler, tiling, place):
         recipe.size.contexts,
         (latent_THW[0], recipe.size.output_channels, *latent_THW[1:]),
         sampler=replace(sampler, guidance_scale=scale),
+        objective=recipe.objective,
         shows=place.rank == 0,
     )
     sampling_seconds, started = 0.0, time.perf_counter()
@@ -173,11 +175,22 @@ def _encode(folder, prompts, context_sizes, device):
     return features, num_cut
 
 
-def sample_batches(model, features, empty_prompt, context_sizes, latent_TCHW, *, sampler, shows=True):
+def sample_batches(
+    model,
+    features,
+    empty_prompt,
+    context_sizes,
+    latent_TCHW,
+    *,
+    sampler,
+    objective="flow_matching",
+    shows=True,
+):
     """Yield (numbers, normalised latents [B, T, C, H, W] on the CPU), a batch of prompts at a time.
 
     `features` maps the number of each sample, which keys its noise, to the prompt's: an encoder's name to its
-    real tokens [L, width], as `empty_prompt` does. `latent_TCHW` is a shape.
+    real tokens [L, width], as `empty_prompt` does. `latent_TCHW` is a shape, `objective` what the model was
+    trained for.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -196,7 +209,7 @@ def sample_batches(model, features, empty_prompt, context_sizes, latent_TCHW, *,
                 pad_contexts([empty_prompt] * len(rows), context_sizes, device),
                 schedule=schedule,
                 guidance_scale=sampler.guidance_scale,
-                step=STEPS[sampler.method],
+                step=step_of(objective, sampler.method),
                 progress=lambda intervals: _counted(intervals, lambda: progress.advance(bar)),
             )
             yield rows, latent_BTCHW.cpu()

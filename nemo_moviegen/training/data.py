@@ -19,6 +19,7 @@ from nemo_moviegen.flops import token_cost
 from nemo_moviegen.precision import is_fp8
 from nemo_moviegen.training.step import data_dtype, with_noise
 from nemo_moviegen.training.text import with_text
+from nemo_moviegen.training_objective import OBJECTIVES
 
 
 class MicroBatches(torch.utils.data.IterableDataset):
@@ -61,7 +62,8 @@ class MicroBatches(torch.utils.data.IterableDataset):
             statistics=self.source.statistics,
             **({} if is_pack else {"pad": self._pad}),
         )
-        return with_noise(batch, self.recipe.seed, data_dtype(self.recipe.precision))
+        objective = OBJECTIVES[self.recipe.objective]
+        return with_noise(batch, self.recipe.seed, data_dtype(self.recipe.precision), objective)
 
     def _drop_prompt(self, sample, epoch):
         generator = flow.sample_generator(self.recipe.seed, sample.sample_id, epoch, "prompt_drop")

@@ -1,4 +1,4 @@
-"""Flow matching as NeMo Lightning wants it: model, optimiser, a forward step, a loss reduction (s3.1.2)."""
+"""Training of a video model as NeMo Lightning wants it: model, optimiser, forward step, loss (s3.1.2)."""
 
 import time
 
@@ -14,6 +14,7 @@ from nemo_moviegen.optim import PlateauDetector
 from nemo_moviegen.precision import is_mixed
 from nemo_moviegen.training.record import learning_rate_factor
 from nemo_moviegen.training.step import data_dtype, mean_loss, noisy_pair, token_loss
+from nemo_moviegen.training_objective import OBJECTIVES
 from nemo_moviegen.video.model import DTYPES, VideoTransformer, video_config
 
 
@@ -71,8 +72,8 @@ class FlowMatchingModule(pl.LightningModule):
         return batch.to(torch.cuda.current_device(), self.data_dtype)
 
     def training_step(self, batch, batch_idx=None):
-        """(velocity tokens of this rank, whole velocity target) of a `VideoBatch` or `PackedVideoBatch`."""
-        x, target, t_B = noisy_pair(batch, self.recipe.seed)
+        """(tokens of this rank, what they should be, whole) of a `VideoBatch` or `PackedVideoBatch`."""
+        x, target, t_B = noisy_pair(batch, self.recipe.seed, OBJECTIVES[self.recipe.objective])
         return self.module(x, t_B, batch.contexts, batch.masks), target
 
     def log(self, *_, **__):

@@ -27,7 +27,7 @@ from megatron.core import parallel_state
 from nemo_moviegen import flow
 from nemo_moviegen.data.collate import collate
 from nemo_moviegen.progress import SAMPLES_FOLDER
-from nemo_moviegen.sampling import decode, keeping, sample_latents
+from nemo_moviegen.sampling import decode, keeping, sample_latents, step_of
 from nemo_moviegen.training.validation import first_rows, heldout_reader, shares, text_of
 from nemo_moviegen.video.embeddings import unpatchify
 from nemo_moviegen.video.model import without_fp8
@@ -136,7 +136,13 @@ class Samples(pl.Callback):
         scale = self.recipe.guidance_scale
         with without_fp8(module.config):
             return sample_latents(
-                velocity, noise_BTCHW, prompt, empty, schedule=self.schedule, guidance_scale=scale
+                velocity,
+                noise_BTCHW,
+                prompt,
+                empty,
+                schedule=self.schedule,
+                guidance_scale=scale,
+                step=step_of(self.recipe.objective),
             )
 
     def _conditions(self, module, samples):

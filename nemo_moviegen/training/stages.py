@@ -24,6 +24,7 @@ FIXED = (
     "patch_frames",
     "patch_height",
     "patch_width",
+    "block",
     "gated_ffn",
     "qk_norm",
     "cross_attention_norm",

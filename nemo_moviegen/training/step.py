@@ -6,8 +6,11 @@ import torch
 
 from nemo_moviegen import flow
 from nemo_moviegen.batch import PackedVideoBatch
+from nemo_moviegen.training_objective import OBJECTIVES
 from nemo_moviegen.video.model import own_tokens
 from nemo_moviegen.video.parallel import sum_over_token_ranks
+
+FLOW_MATCHING = OBJECTIVES["flow_matching"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,11 @@ def data_dtype(precision) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def with_noise(batch, seed, dtype):
+def with_noise(batch, seed, dtype, objective=FLOW_MATCHING):
     """The batch with the noise of its samples, in `dtype`, and their times: the loader's thread draws them
     while the rank computes. A clip has those in a pack that it has in a batch."""
     ids, epochs = batch.sample_ids, batch.epochs
-    t_B = flow.draw_time(seed, ids, epochs, torch.float64)
+    t_B = objective.draw_time(seed, ids, epochs, torch.float64)
     if not isinstance(batch, PackedVideoBatch):
         noise_BTCHW = flow.draw_noise(batch.latent_BTCHW.shape[1:], seed, ids, epochs, dtype)
         return replace(batch, noise_BTCHW=noise_BTCHW, t_B=t_B)
@@ -43,8 +46,8 @@ def with_noise(batch, seed, dtype):
     return replace(batch, noise=noise, t_B=t_B)
 
 
-def noisy_pair(batch, seed):
-    """(x_t, velocity target, t) of a `VideoBatch`: whole latents, the same on all ranks that share samples.
+def noisy_pair(batch, seed, objective=FLOW_MATCHING):
+    """(x_t, target, t) of a `VideoBatch`: whole latents, the same on all ranks that share samples.
 
     x_t and the target have the latents' dtype; t is fp64 in (0, 1), 0 being noise. Of a `PackedVideoBatch`
     they are tuples of a [T, C, H, W] for each clip. Noise and times are drawn where the batch has none.
@@ -53,16 +56,14 @@ def noisy_pair(batch, seed):
     latents = batch.latents if is_pack else batch.latent_BTCHW
     dtype = latents[0].dtype
     if batch.t_B is None:
-        batch = with_noise(batch, seed, dtype).to(latents[0].device)
+        batch = with_noise(batch, seed, dtype, objective).to(latents[0].device)
     t_B = batch.t_B
     if not is_pack:
-        x_BTCHW = flow.interpolate(batch.noise_BTCHW, latents, t_B.to(dtype))
-        return x_BTCHW, flow.velocity_target(batch.noise_BTCHW, latents), t_B
-    pairs = [
-        (flow.interpolate(noise[None], latent[None], t_1.to(dtype))[0], flow.velocity_target(noise, latent))
-        for noise, latent, t_1 in zip(batch.noise, latents, t_B.split(1), strict=True)
-    ]
-    return *zip(*pairs, strict=True), t_B
+        return *objective.noisy_pair(batch.noise_BTCHW, latents, t_B), t_B
+    clips = zip(batch.noise, latents, t_B.split(1), strict=True)
+    pairs = [objective.noisy_pair(noise[None], latent[None], t_1) for noise, latent, t_1 in clips]
+    x, target = (tuple(of_clip[0] for of_clip in some) for some in zip(*pairs, strict=True))
+    return x, target, t_B
 
 
 def token_errors(velocity_SBX, target, config):

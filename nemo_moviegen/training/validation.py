@@ -1,4 +1,4 @@
-"""The flow-matching loss of held-out samples while a run trains: one number, the same in every layout.
+"""The training loss of held-out samples while a run trains: one number, the same in every layout.
 
 The loss is told as a whole, by quarter of time, and for each latent shape, which is duration (latent frames)
 x resolution (latent height x width), by quarter of time. Which of them stands still says where training does.
@@ -25,6 +25,7 @@ from nemo_moviegen.data.collate import collate
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.online_text import OnlineText
 from nemo_moviegen.training.step import token_errors
+from nemo_moviegen.training_objective import OBJECTIVES
 from nemo_moviegen.video.model import without_fp8
 from nemo_moviegen.video.parallel import sum_over_token_ranks
 
@@ -98,7 +99,7 @@ class HeldOut:
     """
 
     def __init__(self, recipe):
-        self.recipe = recipe
+        self.recipe, self.objective = recipe, OBJECTIVES[recipe.objective]
         self.reader = heldout_reader(recipe)
         self.evaluations = evaluations(self.reader, recipe)
         self.shapes = sorted({e.shape for e in self.evaluations})
@@ -140,7 +141,8 @@ class HeldOut:
             token_limits=self.recipe.data.token_limits,
             statistics=self.reader.statistics,
         ).to(torch.cuda.current_device(), dtype)
-        x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, [e.time_bin for e in own], self.recipe.seed)
+        time_bins = [e.time_bin for e in own]
+        x_BTCHW, target_BTCHW, t_B = fixed_pair(batch, time_bins, self.recipe.seed, self.objective)
         with without_fp8(config):
             velocity_SBX = model(x_BTCHW, t_B, batch.contexts, batch.masks)
         error_SB = token_errors(velocity_SBX, target_BTCHW, config).double()
@@ -203,8 +205,8 @@ def shares(evaluations, copy, num_copies, micro_batch):
             yield own + repeats * [together[0]], len(own) * [1.0] + repeats * [0.0]
 
 
-def fixed_pair(batch, time_bins, seed):
-    """(x_t, velocity target, t) as `step.noisy_pair`, of noise and times that only validation draws.
+def fixed_pair(batch, time_bins, seed, objective):
+    """(x_t, target, t) as `step.noisy_pair`, of noise and times that only validation draws.
 
     `batch.epochs` numbers the evaluations of a sample. t_B is fp64, uniform in its bin.
     """
@@ -217,8 +219,7 @@ def fixed_pair(batch, time_bins, seed):
     places = [flow.sample_generator(seed, *key, "validation time").random() for key in keys]
     times = [(first + place) / NUM_BINS for first, place in zip(time_bins, places, strict=True)]
     t_B = torch.tensor(times, dtype=torch.float64, device=device)
-    x_BTCHW = flow.interpolate(noise_BTCHW, latent_BTCHW, t_B.to(dtype))
-    return x_BTCHW, flow.velocity_target(noise_BTCHW, latent_BTCHW), t_B
+    return *objective.noisy_pair(noise_BTCHW, latent_BTCHW, t_B), t_B
 
 
 def _trained_kinds(reader, recipe):

@@ -5,6 +5,7 @@
     x = x + CrossAttention(x, context)
     x = x + gate2 * FFN(RMSNorm(x) * (1 + scale2) + shift2)
 
+The dit block of s3.6.2 has the same wiring with other norms, biases and FFN (`sizes.TransformerSize.block`).
 The layer fixes this wiring; `local_spec` and `transformer_engine_spec` pick the kernels and differ in nothing
 else.
 """
@@ -27,6 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import nn
+from torch.nn import functional
 
 from nemo_moviegen.video import fused
 from nemo_moviegen.video.attention import LocalAttention
@@ -91,17 +93,21 @@ class VideoLayer(TransformerLayer):
         pack = packed_seq_params
 
         hidden = hidden_states + rotary_pos_emb
-        attended, _ = self.self_attention(
-            for_each_clip(self.input_layernorm, (hidden,), (scale1, shift1), pack),
-            attention_mask=None,
-            packed_seq_params=pack,
+        attended = _with_bias(
+            *self.self_attention(
+                for_each_clip(self.input_layernorm, (hidden,), (scale1, shift1), pack),
+                attention_mask=None,
+                packed_seq_params=pack,
+            )
         )
         hidden = for_each_clip(self._gated_sum, (hidden, attended), (gate1,), pack)
-        from_text, _ = self.cross_attention(
-            self.pre_cross_attn_layernorm(hidden),
-            attention_mask=context_mask,
-            key_value_states=text_LBD,
-            packed_seq_params=pack,
+        from_text = _with_bias(
+            *self.cross_attention(
+                self.pre_cross_attn_layernorm(hidden),
+                attention_mask=context_mask,
+                key_value_states=text_LBD,
+                packed_seq_params=pack,
+            )
         )
         hidden = hidden + from_text
         if self.recompute_mlp:
@@ -114,11 +120,17 @@ class VideoLayer(TransformerLayer):
     def _feed_forward(self, pack, hidden, shift, scale, gate):
         """The branch that `recompute = selective` computes again: its ffn-wide activations are the largest of
         a layer, and beside attention over 73K tokens its FLOPs are few."""
-        mixed, _ = self.mlp(for_each_clip(self.pre_mlp_layernorm, (hidden,), (scale, shift), pack))
+        normed = for_each_clip(self.pre_mlp_layernorm, (hidden,), (scale, shift), pack)
+        mixed = _with_bias(*self.mlp(normed))
         return for_each_clip(self._gated_sum, (hidden, mixed), (gate,), pack)
 
     def _gated_sum(self, hidden, branch, gate_BD):
         return fused.gated_sum(hidden, branch, gate_BD, self.config.compiles)
+
+
+def _with_bias(output, bias):
+    """What a branch gives: megatron's leave the bias of their last linear, if it has one, to the layer."""
+    return output if bias is None else output + bias
 
 
 class RMSNorm(nn.Module):
@@ -139,6 +151,24 @@ class ModulatedNorm(RMSNorm):
 
     def forward(self, x_SBD, scale_BD, shift_BD):
         return fused.norm_modulate(x_SBD, self.weight, scale_BD, shift_BD, self.eps, self.compiles)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm without weights (Table 9, of the DiT block)."""
+
+    def __init__(self, config, hidden_size, eps=1e-6, **_):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x):
+        return functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+
+
+class ModulatedLayerNorm(LayerNorm):
+    """LayerNorm, then adaLN: what it gives, scaled and shifted by the time of its clip."""
+
+    def forward(self, x_SBD, scale_BD, shift_BD):
+        return super().forward(x_SBD) * (1 + scale_BD) + shift_BD
 
 
 class SwiGlu(nn.Module):
@@ -208,9 +238,12 @@ def transformer_engine_linear(in_width, out_width, config):
 
 def _spec(size, norm, column, row, self_core, activation=None):
     qk_norm = norm if size.qk_norm else None
+    modulated = ModulatedNorm
+    if size.block == "dit":
+        norm, modulated = LayerNorm, ModulatedLayerNorm
     no_mask = {"attn_mask_type": AttnMaskType.no_mask}
     layer = TransformerLayerSubmodules(
-        input_layernorm=ModulatedNorm,
+        input_layernorm=modulated,
         self_attention=ModuleSpec(
             module=SelfAttention,
             params=no_mask,
@@ -233,7 +266,7 @@ def _spec(size, norm, column, row, self_core, activation=None):
                 linear_proj=row,
             ),
         ),
-        pre_mlp_layernorm=ModulatedNorm,
+        pre_mlp_layernorm=modulated,
         mlp=ModuleSpec(
             module=MLP,
             submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row, activation_func=activation),

@@ -21,7 +21,7 @@ class _Alone:
     """Before one of megatron's classes: on one tensor rank `linear` is all it does."""
 
     def forward(self, x):
-        if self.config.tensor_model_parallel_size > 1:
+        if self.config.tensor_model_parallel_size > 1 or self.bias is not None:
             return super().forward(x)
         return linear(x, self.weight), None
 

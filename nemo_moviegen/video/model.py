@@ -106,6 +106,11 @@ def video_config(
     emulates = is_fp8(precision) and fp8.emulated
     in_fp8 = range(fp8.bf16_layers, size.num_layers - fp8.bf16_layers)
     dtype = DTYPES[precision]
+    is_dit = size.block == "dit"
+    if is_dit and emulates:
+        raise ValueError(
+            f"{size.name}: emulated FP8 has no biases, which block=dit needs: set precision=bf16"
+        )
     std = (2 / (5 * size.width)) ** 0.5  # "small init", our default: the paper states none
     return VideoConfig(
         size=size,
@@ -119,11 +124,11 @@ def video_config(
         ffn_hidden_size=size.ffn_width,
         num_attention_heads=size.num_heads,
         normalization="RMSNorm",
-        layernorm_epsilon=1e-5,
+        layernorm_epsilon=1e-6 if is_dit else 1e-5,
         gated_linear_unit=size.gated_ffn,
-        activation_func=nn.functional.silu if size.gated_ffn else nn.functional.gelu,
+        activation_func=nn.functional.silu if size.gated_ffn or is_dit else nn.functional.gelu,
         qk_layernorm=size.qk_norm,
-        add_bias_linear=False,
+        add_bias_linear=is_dit,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=std,

@@ -56,8 +56,9 @@ def part_of(name, parameter, config) -> Part:
 def fresh_weight(name, whole_shape, config, seed):
     """A whole parameter at step 0, fp32, on the GPU if there is one.
 
-    Zero: modulation (gates are closed, adaLN-Zero) and head (the first velocity is 0). One: norms. Normal:
-    the rest; linears that write to the residual with a deviation smaller by sqrt(2 * layers), as megatron's.
+    Zero: modulation (gates are closed, adaLN-Zero), head (the first velocity is 0) and biases of linears.
+    One: norms. Normal: the rest; linears that write to the residual with a deviation smaller by
+    sqrt(2 * layers), as megatron's.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     deviation = _deviation(name, config)
@@ -92,7 +93,7 @@ def _deviation(name, config):
     size = config.size
     if "norm" in name:
         return None
-    if "modulation" in name or name.startswith("head."):
+    if "modulation" in name or name.startswith("head.") or name.endswith(".bias"):
         return 0.0
     if name.startswith("positions."):
         return 0.02

@@ -6,6 +6,7 @@ Each plants itself through pytest's `patch`, or into the built model and its DDP
 from types import SimpleNamespace
 
 import megatron.core.optimizer.optimizer as megatron_optimizer
+import tiny
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -153,8 +154,8 @@ TP, ZERO, FSDP = (
 )
 
 
-def _row(layout, plant, batches="clips", ranks=2):
-    return Row(ranks=ranks, layout=layout, plant=plant, batches=batches)
+def _row(layout, plant, batches="clips", size=tiny.SIZE):
+    return Row(ranks=2, layout=layout, plant=plant, batches=batches, size=size)
 
 
 BUGS = {  # name: (where it hides, what shows it first)
@@ -171,6 +172,10 @@ BUGS = {  # name: (where it hides, what shows it first)
     ),
     "positions not summed over sequence ranks": (
         _row(TP_SP, forget_sequence_parallel("positions")),
+        "gradients",
+    ),
+    "biases not summed over sequence ranks": (
+        _row(TP_SP, forget_sequence_parallel("linear_proj.bias"), size=tiny.DIT_SIZE),
         "gradients",
     ),
     "head norms not summed over heads": (_row(TP, head_norms_not_summed), "gradients"),

@@ -144,6 +144,10 @@ def _rows() -> dict:
         cases.append((ranks, layout, "a pack of five shapes", {"batches": "a pack", "reference": "mixed"}))
     for ranks, layout in ((2, ALONE), (8, TP2SP_CP2)):
         cases.append((ranks, layout, "packs of four and one", {"batches": "two packs", "reference": "mixed"}))
+    for ranks, layout in ((2, TP2), (2, TP2SP), (2, CP2), (8, TP2SP_CP2)):
+        cases.append((ranks, layout, "a dit block", {"size": tiny.DIT_SIZE}))
+    case = {"batches": "a pack", "reference": "mixed", "size": tiny.DIT_SIZE}
+    cases.append((4, TP2SP_CP2, "a dit block, a pack of five shapes", case))
     return {
         (ranks, ", ".join(filter(None, (_name(ranks, layout), what))), sharding): Row(
             ranks=ranks, layout=replace(layout, sharding=sharding), **fields

@@ -201,7 +201,9 @@ def draw_by_rank(validation):
     from nemo_moviegen.training import validation as room
 
     right = room.fixed_pair
-    room.fixed_pair = lambda batch, bins, seed: right(batch, bins, seed + torch.distributed.get_rank())
+    room.fixed_pair = lambda batch, bins, seed, of: right(
+        batch, bins, seed + torch.distributed.get_rank(), of
+    )
 
 
 def mix_up_shapes(validation):
