@@ -337,7 +337,7 @@ def _bench_recipe(options, log):
 def evaluate_command(options):
     """Measure a trained model."""
     measures = {"tae": _evaluate_tae, "shapes": _evaluate_shapes, "votes": _evaluate_votes}
-    measures |= {"checkpoints": _evaluate_checkpoints}
+    measures |= {"checkpoints": _evaluate_checkpoints, "samples": _evaluate_samples}
     return measures[options.what](options)
 
 
@@ -407,6 +407,15 @@ def _evaluate_checkpoints(options):
     )
     show(checkpoints_table(found))
     print(correlation_note(found), Path(options.output) / CHECKPOINTS_PLOT, sep="\n")
+
+
+def _evaluate_samples(options):
+    from nemo_moviegen.evaluation.sample_metrics import RESULT, find_metrics, measure_samples, metrics_table
+    from nemo_moviegen.tables import show
+
+    metrics = find_metrics(options.fid, options.fvd, options.clip)
+    show(metrics_table(measure_samples(options.samples, metrics, options.output, options.real)))
+    print(Path(options.output) / RESULT)
 
 
 def _evaluate_votes(options):

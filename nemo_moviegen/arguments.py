@@ -236,6 +236,14 @@ def _parser():
     add("--heldout", type=int, default=24, help="prompts of combinations held out of training (%(default)s)")
     _add_sampler(add, batch=16)
 
+    add = measure("samples", "FID, FVD and CLIP score of the samples of `moviegen generate`")
+    add("samples", metavar="SAMPLES", help="folder that `moviegen generate` has filled")
+    add("--real", metavar="CLIPS", help="what FID and FVD compare with: manifest, video or folder of videos")
+    add("--fid", default="", metavar="NET", help="features of frames: random, file or package.module:name")
+    add("--fvd", default="", metavar="NET", help="features of clips: random, file or package.module:name")
+    add("--clip", default="", metavar="FOLDER", help="CLIP model and processor as transformers saves them")
+    add("--output", default="out/samples", help="folder for metrics.json (%(default)s)")
+
     add = measure("votes", "net win rates and ratings from the votes of a page of `moviegen compare`")
     add(
         "votes",

@@ -1,7 +1,7 @@
 """What is trained, and on which clips: argument-free functions. These tables are the only registries."""
 
 from nemo_moviegen.settings import nearest
-from recipes import ablation_5b, curation, post_training, tae, tiny, video_30b
+from recipes import ablation_5b, ablations, curation, post_training, tae, tiny, video_30b
 
 RECIPES = {
     "tae.image_init": tae.image_init,
@@ -15,6 +15,7 @@ RECIPES = {
     "tiny.t2iv": tiny.t2iv,
     "tiny.shapes_long": tiny.shapes_long,
     **{f"tiny.{name}": twin for name, twin in tiny.TWINS.items()},
+    **{f"ablations.{recipe.__name__}": recipe for recipe in ablations.ALL},
     "ablation_5b.t2i": ablation_5b.t2i,
     "ablation_5b.t2iv": ablation_5b.t2iv,
     **{f"video_30b.{row.__name__}": row for row in video_30b.TABLE_3},

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from nemo_moviegen.evaluation.votes import AXES, TIE
-from nemo_moviegen.generation.files import SETTINGS_FILE
+from nemo_moviegen.generation.files import read_samples
 from nemo_moviegen.pages import render
 
 
@@ -20,7 +20,7 @@ def write_compare(folders, names, path, *, axes=("text", "quality"), limit=0) ->
         raise ValueError(f"models {', '.join(names)}: compare two, of different names, none of them `{TIE}`")
     if unknown := [axis for axis in axes if axis not in AXES]:
         raise ValueError(f"there is no axis {', '.join(unknown)}; use {', '.join(AXES)}")
-    samples = [_samples(folder) for folder in folders]
+    samples = [read_samples(folder) for folder in folders]
     prompts = [{number: prompt for number, (prompt, _) in of.items()} for of in samples]
     if prompts[0] != prompts[1]:
         raise ValueError(
@@ -39,19 +39,6 @@ def write_compare(folders, names, path, *, axes=("text", "quality"), limit=0) ->
     text = json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e")
     path.write_text(render("compare.html.j2", data=text), encoding="utf-8")
     return path, len(pairs)
-
-
-def _samples(folder):
-    """{number: (prompt, file)} of every settings file of the folder."""
-    found = {}
-    for file in sorted(Path(folder).glob(f"{Path(SETTINGS_FILE).stem}*.json")):
-        for sample in json.loads(file.read_text(encoding="utf-8")).get("samples", []):
-            found[sample["number"]] = (sample["prompt"], Path(folder, sample["file"]))
-    missing = [str(file) for _, file in found.values() if not file.is_file()]
-    if missing or not found:
-        what = f"lacks {missing[0]}" if missing else "holds no samples"
-        raise ValueError(f"{folder} {what}: give a folder that `moviegen generate` has finished")
-    return found
 
 
 def _linked(file, folder):

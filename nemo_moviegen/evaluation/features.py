@@ -1,12 +1,13 @@
-"""Networks whose features FID compares; nothing is downloaded.
+"""Networks whose features FID and FVD compare; nothing is downloaded.
 
-    random             a small fixed network, always there: tells runs apart, compares with no published FID
-    FILE               TorchScript, or what torch.export.save wrote (.pt2): uint8 [N, 3, H, W] -> [N, D]
+    random             a small fixed network, always there: tells runs apart, compares with no published one
+    FILE               TorchScript, or what torch.export.save wrote (.pt2): uint8 [N, 3, H, W] -> [N, D],
+                       for FVD uint8 [N, 3, T, H, W] -> [N, D]
     package.module:fn  the same as a Python function or module
 
-The published FIDs are of Inception-v3 as ported from TensorFlow, which several projects export as
-TorchScript; such a file resizes its input itself. Ones with a switch `return_features` are asked for
-features, not for classes.
+The published FIDs are of Inception-v3 as ported from TensorFlow, the FVDs of I3D, which several projects
+export as TorchScript; such a file resizes its input itself. Ones with the switches `return_features`,
+`rescale` or `resize` have them on: features in place of classes, of bytes of any size.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from torch import Tensor
 
 RANDOM = "random"
 _FRAMES_AT_ONCE = 32
+_SWITCHES = ("return_features", "rescale", "resize")
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Features:
     """Whether FIDs of it may be compared with those others publish for the network of this name."""
 
     def __call__(self, frames_NCHW: Tensor) -> Tensor:
-        """Features [N, D], float64, of frames in [-1, 1], which the network sees as bytes.
+        """Features [N, D], float64, of frames in [-1, 1] or clips [N, C, T, H, W], seen as bytes.
 
         ValueError where the network returns anything but [N, D].
         """
@@ -45,15 +47,15 @@ class Features:
                 got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
                 raise ValueError(
                     f"features {self.name}: {got} came back for {tuple(bytes_NCHW.shape)}; "
-                    "the network has to map uint8 [N, 3, H, W] to [N, D]"
+                    "the network has to map uint8 [N, 3, H, W] (of clips [N, 3, T, H, W]) to [N, D]"
                 )
         return torch.cat(parts).double()
 
 
-def find_features(name, device="cpu") -> Features:
-    """The features of that name (see above) on `device`; ValueError says what is wrong with it."""
+def find_features(name, device="cpu", *, clips=False) -> Features:
+    """The features of that name (see above), of frames or of clips; ValueError says what is wrong with it."""
     if name == RANDOM:
-        return Features(RANDOM, _RandomNetwork(device), is_comparable=False)
+        return Features(RANDOM, _RandomNetwork(device, clips), is_comparable=False)
     if Path(name).is_file():
         digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]
         return Features(f"{Path(name).name} {digest}", _from_file(name, device))
@@ -76,9 +78,9 @@ def _from_file(path, device):
         raise ValueError(
             f"features {path}: neither TorchScript nor a .pt2 of torch.export ({reason})"
         ) from None
-    if any(argument.name == "return_features" for argument in network.forward.schema.arguments):
-        return lambda frames_NCHW: network(frames_NCHW, return_features=True)
-    return network
+    known = {argument.name for argument in network.forward.schema.arguments}
+    switches = {name: True for name in _SWITCHES if name in known}
+    return (lambda frames_NCHW: network(frames_NCHW, **switches)) if switches else network
 
 
 def _from_module(name, module, function):
@@ -92,24 +94,24 @@ def _from_module(name, module, function):
 
 
 class _RandomNetwork:
-    """Three strided convolutions with fixed random weights; features are each one's mean over the frame.
+    """Three strided convolutions with fixed random weights, of clips over time too; features: their means.
 
     Blur, shifts of colour and lost texture change them, so runs can be ranked; what a person would mind they
     do not know.
     """
 
-    def __init__(self, device):
+    def __init__(self, device, clips=False):
+        self.convolve = F.conv3d if clips else F.conv2d
+        self.dims = (2, 3, 4) if clips else (2, 3)
         generator = torch.Generator().manual_seed(1234)
-        shapes = ((16, 3), (32, 16), (64, 32))
+        shapes, kernel = ((16, 3), (32, 16), (64, 32)), (3,) * len(self.dims)
         # He's scale: activations keep their size from layer to layer
-        self.weights = [
-            (torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5).to(device)
-            for o, i in shapes
-        ]
+        weights = [torch.randn(*shape, *kernel, generator=generator) for shape in shapes]
+        self.weights = [(weight * (2 / weight[0].numel()) ** 0.5).to(device) for weight in weights]
 
     def __call__(self, frames_NCHW):
         x_NCHW, means = frames_NCHW.float() / 127.5 - 1, []
         for weight_OIHW in self.weights:
-            x_NCHW = F.leaky_relu(F.conv2d(x_NCHW, weight_OIHW, stride=2, padding=1), 0.2)
-            means.append(x_NCHW.mean(dim=(2, 3)))
+            x_NCHW = F.leaky_relu(self.convolve(x_NCHW, weight_OIHW, stride=2, padding=1), 0.2)
+            means.append(x_NCHW.mean(dim=self.dims))
         return torch.cat(means, dim=1)

@@ -48,7 +48,7 @@ def read_source(path, output) -> Source:
         from nemo_moviegen.curation.videos import list_videos
 
         names = [video.name for video in list_videos(path, output).videos]
-        clips = Clips.of(_whole_file(path / name, name) for name in names)
+        clips = Clips.of(whole_file(path / name, name) for name in names)
         return Source(clips=clips, told=f"all {len(names)} videos of the folder")
     if not path.is_file():
         raise ValueError(
@@ -56,7 +56,7 @@ def read_source(path, output) -> Source:
         )
     with path.open("rb") as file:
         if file.read(4) != b"PAR1":
-            return Source(clips=Clips.of([_whole_file(path, path.name)]), told="one video")
+            return Source(clips=Clips.of([whole_file(path, path.name)]), told="one video")
     clips = read_manifest(path)
     is_heldout = clips.column("split") == "heldout"
     if is_heldout.any():
@@ -127,7 +127,7 @@ def _permutation(count, *seed):
     return np.random.default_rng(seed).permutation(count)
 
 
-def _whole_file(path, clip_id):
+def whole_file(path, clip_id):
     info = probe_video(path)
     if not info.duration_seconds > 0 or not info.fps > 0:
         raise ValueError(f"{path}: its header tells no duration or frame rate; write it to another container")

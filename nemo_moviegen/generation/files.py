@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.video_files import contact_sheet, read_frames, stream_mp4, write_png
 from nemo_moviegen.writable import write_whole
 
@@ -53,6 +54,26 @@ def check_settings(output, settings):
                 f"{output} holds samples of another {names} ({path.name}): choose another output folder, or "
                 "remove them"
             )
+
+
+def read_samples(folder) -> dict:
+    """{number: (prompt, file)} of a finished folder, that of several tasks too; ValueError for another."""
+    found = {}
+    for file in sorted(Path(folder).glob(f"{Path(SETTINGS_FILE).stem}*.json")):
+        for sample in json.loads(file.read_text(encoding="utf-8")).get("samples", []):
+            found[sample["number"]] = (sample["prompt"], Path(folder, sample["file"]))
+    missing = [str(file) for _, file in found.values() if not file.is_file()]
+    if missing or not found:
+        what = f"lacks {missing[0]}" if missing else "holds no samples"
+        raise ValueError(f"{folder} {what}: give a folder that `moviegen generate` has finished")
+    return found
+
+
+def read_bucket(folder) -> Bucket:
+    """The shape and rate of the samples of a folder."""
+    first = min(Path(folder).glob(f"{Path(SETTINGS_FILE).stem}*.json"))
+    settings = json.loads(first.read_text(encoding="utf-8"))
+    return Bucket(**{name: settings[name] for name in ("num_frames", "height_px", "width_px", "fps")})
 
 
 def put_together(made) -> dict:
