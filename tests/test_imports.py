@@ -27,6 +27,7 @@ ROWS = [  # each row may import the rows before it; within a row nobody imports 
     {"recipes"},
     {"tables", "demo_stages", "arguments"},
     {"demo"},
+    {"commands"},
     {"__main__", "nemo_cli"},
 ]
 NO_TORCH = (

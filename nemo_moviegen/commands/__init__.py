@@ -1,0 +1,1 @@
+"""What each command does: it imports what it runs when it runs, so help is instant."""
