@@ -16,6 +16,8 @@ NUM_MEASURED = 12
 """Held-out clips, and images, that the autoencoder and the image autoencoder rebuild for the comparison."""
 NUM_SEEN_SCORED, NUM_HELDOUT_SCORED = 48, 24
 """Prompts whose videos are made to be counted, at each frame rate."""
+NUM_SEEN_KEPT, NUM_HELDOUT_KEPT = 32, 16
+"""Of each checkpoint, where a recipe keeps them."""
 LONG_SCORED = 4
 """Times as many of a recipe that keeps its checkpoints."""
 
@@ -142,8 +144,8 @@ def _samples(out, scale, bucket, video, rates):
     if video.keep_every:
         folder = out / CHECKPOINTS_SCORES.parent
         measure = ("evaluate", "checkpoints", out / "t2iv", *models, "--output", folder)
-        if scale < 1:
-            measure += ("--seen", 2, "--heldout", 1)
+        measure += ("--seen", max(2, round(NUM_SEEN_KEPT * min(scale, 1))))
+        measure += ("--heldout", max(1, round(NUM_HELDOUT_KEPT * min(scale, 1))))
         stages += [_stage("checkpoints", (measure,), folder)]
     return stages
 
