@@ -18,7 +18,7 @@ NUM_SEEN_SCORED, NUM_HELDOUT_SCORED = 48, 24
 """Prompts whose videos are made to be counted, at each frame rate."""
 NUM_SEEN_KEPT, NUM_HELDOUT_KEPT = 32, 16
 """Of each checkpoint, where a recipe keeps them."""
-LONG_SCORED = 4
+LONG_SCORED = 2
 """Times as many of a recipe that keeps its checkpoints."""
 
 

@@ -102,7 +102,7 @@ def tiny_image() -> TaeRecipe:
         optim=_MUON,
         global_batch=16,
         micro_batch=8,
-        num_steps=200,
+        num_steps=150,
         precision="fp32",
         output="out/demo/tae_image",
         save_every=100,
@@ -120,7 +120,7 @@ def tiny() -> TaeRecipe:
         global_batch=4,
         micro_batch=2,
         image_batch=16,
-        num_steps=600,
+        num_steps=400,
         init_from=image.output,
         output="out/demo/tae",
     )

@@ -62,7 +62,7 @@ def shapes_long() -> VideoRecipe:
         base,
         name="tiny.shapes_long",
         data=replace(base.data, folder="out/shapes_long/latents", buckets="shapes"),
-        num_steps=6000,
+        num_steps=4500,
         output="out/shapes_long/t2iv",
         save_every=500,
         keep_every=500,

@@ -41,7 +41,7 @@ def test_a_name_is_rules_a_folder_or_nothing(tmp_path):
         find_rewrite(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="does not load"):
-        find_rewrite(str(tmp_path))
+        find_rewrite(str(tmp_path))("a cat asleep")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@
 the paper finetunes one of 8B for it and finds that too much of motion in a prompt spoils the video.
 """
 
+import functools
 import re
 from pathlib import Path
 
@@ -67,41 +68,48 @@ rules.name = RULES
 class LanguageModel:
     """A causal language model of `transformers` in a folder, asked to rewrite, greedily: one answer.
 
-    ValueError where the folder holds none. What it answers is used only if it keeps the visual text and is no
-    longer than a caption; otherwise the rules are.
+    Loaded with the first prompt, so only by the rank that rewrites. ValueError where the folder holds none, or
+    then where it does not load. What it answers is used only if it keeps the visual text and is no longer
+    than a caption; otherwise the rules are.
     """
 
     def __init__(self, folder, most_tokens=192):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         if not Path(folder, "config.json").is_file():
             raise ValueError(
                 f"{folder} holds no language model (no config.json): give `rules`, or a folder that "
                 "save_pretrained of transformers wrote"
             )
         self.name, self.most_tokens = str(folder), most_tokens
+
+    @functools.cached_property
+    def _pair(self):
+        """Its tokenizer and the model."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self._model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+            tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=True)
+            return tokenizer, AutoModelForCausalLM.from_pretrained(self.name, local_files_only=True).eval()
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"the language model in {folder} does not load: {error}") from None
+            raise ValueError(f"the language model in {self.name} does not load: {error}") from None
 
     def __call__(self, prompt) -> str:
         """The rewritten prompt; by the rules where the model's answer does not serve."""
         if len(prompt) > MOST_CHARACTERS:
             return rules(prompt)
-        tokens = self._tokenizer(self._asked(prompt), return_tensors="pt")
-        made = self._model.generate(**tokens, do_sample=False, max_new_tokens=self.most_tokens)
-        answer = self._tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+        tokenizer, model = self._pair
+        tokens = tokenizer(_asked(prompt, tokenizer), return_tensors="pt")
+        made = model.generate(**tokens, do_sample=False, max_new_tokens=self.most_tokens)
+        answer = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
         answer = " ".join(answer.split()).strip()
         keeps_text = quoted_text(answer) == quoted_text(prompt)
         return answer if answer and keeps_text else rules(prompt)
 
-    def _asked(self, prompt):
-        if self._tokenizer.chat_template:
-            messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
-            return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return f"{INSTRUCTIONS}\n\nPrompt: {prompt}\nCaption:"
+
+def _asked(prompt, tokenizer):
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return f"{INSTRUCTIONS}\n\nPrompt: {prompt}\nCaption:"
 
 
 def find_rewrite(name):

@@ -4,7 +4,6 @@ Only what was appended to metrics.jsonl is read each time, and a curve has 200 p
 the page of a run of 210,000 steps stays small and takes a fraction of a second.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from nemo_moviegen.live.status import duration, read_status
 from nemo_moviegen.pages import render
 from nemo_moviegen.progress import PAGE_FILE
 from nemo_moviegen.utilisation import KERNEL_CEILING
+from nemo_moviegen.writable import write_whole
 
 TEMPLATE = "progress.html.j2"
 
@@ -35,9 +35,7 @@ class Page:
         self.metrics.read()
         status = read_status(self.run_folder, self.metrics, now=now, ended=ended)
         path = self.run_folder / PAGE_FILE
-        part = path.with_name(f".part-{path.name}")
-        part.write_text(self._html(status, now), encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, self._html(status, now))
         return path
 
     def _html(self, status, now):

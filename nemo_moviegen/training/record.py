@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nemo_moviegen.recipe import METRICS_FILE, RECIPE_FILE, recipe_yaml
+from nemo_moviegen.writable import write_whole
 
 VERBOSE = "MOVIEGEN_VERBOSE"
 """Environment variable that brings back what the libraries say at start-up."""
@@ -47,9 +48,7 @@ def write_recipe(recipe):
     """Put the recipe into its run folder, whole or not at all."""
     path = Path(recipe.output, RECIPE_FILE)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(RECIPE_FILE + ".part")
-    part.write_text(recipe_yaml(recipe), encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, recipe_yaml(recipe))
 
 
 def learning_rate_factor(step, optim, num_steps) -> float:
@@ -131,7 +130,5 @@ def open_after(path, step):
             except (ValueError, KeyError):
                 break  # the line a killed run was writing
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)  # a run killed here keeps the old lines
+    write_whole(path, "".join(kept))  # a run killed here keeps the old lines
     return path.open("a", buffering=1, encoding="utf-8")
