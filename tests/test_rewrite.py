@@ -70,12 +70,12 @@ def test_a_model_answers_the_same_twice_and_never_an_empty_prompt(language_model
 def test_the_answer_counts_where_it_keeps_the_visual_text(language_model, monkeypatch):
     answers = {"good": 'A sign reads "OPEN" at night.', "lost": "A sign at night.", "empty": "  "}
     for name, answer in answers.items():
-        monkeypatch.setattr(language_model._tokenizer, "decode", lambda *_, answer=answer, **__: answer)
+        monkeypatch.setattr(language_model.pair[0], "decode", lambda *_, answer=answer, **__: answer)
         made = language_model('a video of a sign "OPEN"')
         assert made == (answer if name == "good" else 'a sign "OPEN"')
         assert quoted_text(made) == "OPEN"
 
 
 def test_a_prompt_too_long_for_a_model_goes_by_the_rules(language_model, monkeypatch):
-    monkeypatch.setattr(language_model, "_model", None)
+    monkeypatch.setattr(language_model, "pair", None)
     assert language_model("a video of " + "x" * 10_000) == "x" * 10_000

@@ -68,8 +68,8 @@ rules.name = RULES
 class LanguageModel:
     """A causal language model of `transformers` in a folder, asked to rewrite, greedily: one answer.
 
-    Loaded with the first prompt, so only by the rank that rewrites. ValueError where the folder holds none, or
-    then where it does not load. What it answers is used only if it keeps the visual text and is no longer
+    Loaded with the first prompt, so only by the rank that rewrites. ValueError where the folder holds none,
+    or then where it does not load. What it answers is used only if it keeps the visual text and is no longer
     than a caption; otherwise the rules are.
     """
 
@@ -82,7 +82,7 @@ class LanguageModel:
         self.name, self.most_tokens = str(folder), most_tokens
 
     @functools.cached_property
-    def _pair(self):
+    def pair(self):
         """Its tokenizer and the model."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -96,7 +96,7 @@ class LanguageModel:
         """The rewritten prompt; by the rules where the model's answer does not serve."""
         if len(prompt) > MOST_CHARACTERS:
             return rules(prompt)
-        tokenizer, model = self._pair
+        tokenizer, model = self.pair
         tokens = tokenizer(_asked(prompt, tokenizer), return_tensors="pt")
         made = model.generate(**tokens, do_sample=False, max_new_tokens=self.most_tokens)
         answer = tokenizer.decode(made[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
