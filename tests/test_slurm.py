@@ -307,7 +307,8 @@ def test_some_tasks_of_a_larger_array_keep_their_numbers(array):
     [
         (ENCODE, {"SLURM_ARRAY_TASK_ID": "8"}, "task 8 of 8: let the array start at 0, or set NUM_TASKS"),
         (ENCODE, {"SLURM_ARRAY_TASK_ID": ""}, "submit it as an array"),
-        (("train", "video_30b"), {}, "'train' has no tasks; use curate, encode, generate or evaluate"),
+        (("train", "video_30b"), {}, "'train' has no tasks; use curate, encode, generate, evaluate tae or"),
+        (("evaluate", "votes", "a.json"), {}, "'evaluate votes' has no tasks"),
         ((), {}, "'' has no tasks"),
     ],
 )
