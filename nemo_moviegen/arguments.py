@@ -334,6 +334,7 @@ def _add_sampler(add, batch=4):
     add("--steps", type=int, default=50, help="sampling steps (%(default)s)")
     add("--emulated-steps", type=int, default=250, help="N of the linear-quadratic schedule (%(default)s)")
     add("--guidance", type=float, help="classifier-free guidance; default: the recipe's")
+    add("--negative", default="", metavar="PROMPT", help="what samples move away from (the empty prompt)")
     add("--seed", type=int, default=0, help="of the noise (%(default)s)")
     add("--batch", type=int, default=batch, help="prompts sampled at once (%(default)s)")
 

@@ -29,6 +29,8 @@ class Sampler:
     """N of the linear-quadratic schedule; of no effect with the linear one."""
     guidance_scale: float | None = None
     """Of classifier-free guidance; None = the recipe's. 1 is the prompt without guidance, 0 no prompt."""
+    negative_prompt: str = ""
+    """What samples move away from, in place of the empty prompt; the same for all of them."""
     seed: int = 0
     """Sample number n starts from noise that is a function of (seed, n)."""
     batch_size: int = 4
@@ -43,6 +45,11 @@ class Sampler:
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 1000:
             raise ValueError(
                 f"guidance_scale is {self.guidance_scale}; use a number from 0, for example the paper's 7.5"
+            )
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                "guidance_scale is 1, which leaves the negative prompt "
+                f"{self.negative_prompt[:40]!r} out: use a larger one"
             )
         self.times()
 

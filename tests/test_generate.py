@@ -125,6 +125,14 @@ def make_on_rank(folders, output):
         "weak": make(folders, output / "weak", PROMPTS[:1], guidance_scale=1.0, **image),
         "strong": make(folders, output / "strong", PROMPTS[:1], guidance_scale=8.0, **image),
         "empty": make(folders, output / "empty", PROMPTS[:1], guidance_scale=0.0, **image),
+        "away": make(
+            folders,
+            output / "away",
+            PROMPTS[1:2],
+            negative_prompt=PROMPTS[0],
+            guidance_scale=0.0,
+            **image,
+        ),
         "tasks": make_by_tasks(folders, output / "tasks"),
         "empty other": make(folders, output / "other", PROMPTS[1:2], guidance_scale=0.0, **image),
         "long": make(folders, output / "long", ["word " * 2000, "\U0001f680 caf\u00e9"], **image),
@@ -140,7 +148,8 @@ def make_by_tasks(folders, output):
 
     made = sorted(file for index in (1, 0) for file in run(index) if file.suffix == ".mp4")
     told = []
-    for changed in ({"seed": 1}, {"method": "midpoint"}, {"prompts": PROMPTS[::-1]}):
+    changes = ({"seed": 1}, {"method": "midpoint"}, {"negative_prompt": "fog"}, {"prompts": PROMPTS[::-1]})
+    for changed in changes:
         with pytest.raises(ValueError) as error:
             run(0, **changed)
         told.append(str(error.value))
@@ -192,7 +201,7 @@ def test_tasks_of_an_array_make_the_samples_of_one_and_only_what_is_missing(made
     for by_task, whole in zip(frames, made["all"][0], strict=True):
         assert abs(by_task - whole).max() <= 2
     assert again[0] > before[0] and again[1:] == before[1:], "only what was gone is made"
-    for text, words in zip(told, ("seed", "schedule", "prompts"), strict=True):
+    for text, words in zip(told, ("seed", "schedule", "negative prompt", "prompts"), strict=True):
         assert f"holds samples of another {words} (settings-" in text
 
 
@@ -229,6 +238,13 @@ def test_the_prompt_changes_the_image_and_guidance_strengthens_it(made):
     empty, other, weak, strong = (made[name][0][0] for name in ("empty", "empty other", "weak", "strong"))
     assert abs(strong - empty).mean() > abs(weak - empty).mean() > 0
     assert abs(other - empty).max() == 0, "without guidance the prompt plays no part"
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(made):
+    """Without guidance nothing else plays a part: it is drawn as if it were the prompt."""
+    (away,), settings = made["away"]
+    assert (away == made["weak"][0][0]).all() and (away != made["empty"][0][0]).any()
+    assert settings["negative_prompt"] == PROMPTS[0]
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(folders, monkeypatch, tmp_path):

@@ -61,6 +61,7 @@ def sample(model, values, *, seed=0, batch_size=4, guidance_scale=1.0, num_steps
         ({"guidance_scale": -1.0}, "guidance_scale is -1.0; use a number from 0"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"batch_size": 0}, "batch_size is 0; use 1 or more"),
+        ({"negative_prompt": "fog", "guidance_scale": 1.0}, "leaves the negative prompt 'fog' out"),
         ({"num_steps": 0}, "0 steps cannot emulate"),
         ({"num_steps": 0, "schedule": "linear"}, "a schedule of 0 steps"),
         ({"num_steps": 300}, "300 steps cannot emulate 250"),

@@ -35,6 +35,7 @@ def sampler_of(options):
         num_steps=options.steps,
         emulated_steps=options.emulated_steps,
         guidance_scale=options.guidance,
+        negative_prompt=options.negative.strip(),
         seed=options.seed,
         batch_size=options.batch,
     )

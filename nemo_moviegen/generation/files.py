@@ -39,6 +39,7 @@ def settings_of(models, prompts, bucket, sampler, rewrite) -> dict:
         "schedule": sampler.told(),
         "asked_guidance_scale": sampler.guidance_scale,
         "seed": sampler.seed,
+        "negative_prompt": sampler.negative_prompt,
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "rewrite": getattr(rewrite, "name", ""),
     }
@@ -48,7 +49,7 @@ def check_settings(output, settings):
     """ValueError where samples in `output` are made with other settings."""
     for path in sorted(Path(output).glob(f"{Path(SETTINGS_FILE).stem}*.json")):
         before = json.loads(path.read_text(encoding="utf-8"))
-        if changed := [name for name, value in settings.items() if before.get(name) != value]:
+        if changed := [name for name, value in settings.items() if before.get(name, "") != value]:
             names = ", ".join(name.replace("_sha256", "").replace("_", " ") for name in changed)
             raise ValueError(
                 f"{output} holds samples of another {names} ({path.name}): choose another output folder, or "

@@ -127,17 +127,20 @@ def _make(models, wanted, shape, sampler, tiling, place):
         models.run, place.layout, weights=models.weights or None, step=models.step
     )
     device = next(model.parameters()).device
-    prompts = [with_fps(text, bucket.fps) for text, _ in wanted.values()]
+    texts = [text for text, _ in wanted.values()] + [sampler.negative_prompt] * bool(sampler.negative_prompt)
+    prompts = [with_fps(text, bucket.fps) for text in texts]
     encoded, num_cut = place.share(lambda: _encode(models.encoders, prompts, recipe.size.contexts, device))
     limits = (recipe.size.contexts, recipe.data.token_limits)
-    features = {row: limit_text(feature, *limits) for row, feature in zip(wanted, encoded, strict=True)}
+    encoded = [limit_text(feature, *limits) for feature in encoded]
+    unwanted = encoded.pop() if sampler.negative_prompt else limit_text(latents.empty_prompt, *limits)
+    features = dict(zip(wanted, encoded, strict=True))
     autoencoder = load_autoencoder(models.autoencoder).to(device)
     mean_C, std_C = (torch.as_tensor(numbers).float() for numbers in latents.statistics)
     scale = recipe.guidance_scale if sampler.guidance_scale is None else sampler.guidance_scale
     batches = sample_batches(
         model,
         features,
-        limit_text(latents.empty_prompt, *limits),
+        unwanted,
         recipe.size.contexts,
         (latent_THW[0], recipe.size.output_channels, *latent_THW[1:]),
         sampler=replace(sampler, guidance_scale=scale),
@@ -178,7 +181,7 @@ def _encode(folder, prompts, context_sizes, device):
 def sample_batches(
     model,
     features,
-    empty_prompt,
+    unwanted,
     context_sizes,
     latent_TCHW,
     *,
@@ -189,8 +192,8 @@ def sample_batches(
     """Yield (numbers, normalised latents [B, T, C, H, W] on the CPU), a batch of prompts at a time.
 
     `features` maps the number of each sample, which keys its noise, to the prompt's: an encoder's name to its
-    real tokens [L, width], as `empty_prompt` does. `latent_TCHW` is a shape, `objective` what the model was
-    trained for.
+    real tokens [L, width], as `unwanted` does: those of the empty prompt, or of what samples move away from.
+    `latent_TCHW` is a shape, `objective` what the model was trained for.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -206,7 +209,7 @@ def sample_batches(
                 model.velocity,
                 noise_BTCHW.to(device),
                 pad_contexts([features[row] for row in rows], context_sizes, device),
-                pad_contexts([empty_prompt] * len(rows), context_sizes, device),
+                pad_contexts([unwanted] * len(rows), context_sizes, device),
                 schedule=schedule,
                 guidance_scale=sampler.guidance_scale,
                 step=step_of(objective, sampler.method),
