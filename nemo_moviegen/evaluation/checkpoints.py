@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nemo_moviegen.evaluation.scores import CHECKPOINTS_FILE, CHECKPOINTS_PLOT, wilson_interval
-from nemo_moviegen.evaluation.shapes import JOINT, evaluate_shapes
+from nemo_moviegen.evaluation.shapes import WORDS, evaluate_shapes
 from nemo_moviegen.sampling import Sampler
 from nemo_moviegen.training.checkpoint import checkpoints, load_video_model
 from nemo_moviegen.training.validation import HeldOut
@@ -28,8 +28,8 @@ def evaluate_checkpoints(models, output, *, num_seen=48, num_heldout=24, sampler
     """Measure every checkpoint of a run; returns what checkpoints.json holds.
 
     {"rows": [{step, weights, loss, losses, score, low, high, scores}], "correlation": {weights: {pearson,
-    spearman, points} or None}}; `score` is the share of prompts whose colour and direction are right, with
-    its 95% interval, `losses` are named as in metrics.jsonl, `scores` by attribute. `models.weights` measures
+    spearman, points} or None}}; `score` is the share of prompts of which every word is right, with its
+    95% interval, `losses` are named as in metrics.jsonl, `scores` by attribute. `models.weights` measures
     one kind of weights only. ValueError as `evaluate_shapes`, and where the run has no checkpoint or no
     held-out latents lie beside its own.
     """
@@ -79,8 +79,8 @@ def _row(losses, scores):
     """Over the prompts of all groups."""
     judged = [sample["right"] for sample in scores["samples"]]
     shares = {name: sum(right[name] for right in judged) / len(judged) for name in judged[0]}
-    low, high = wilson_interval(sum(right[JOINT] for right in judged), len(judged))
-    row = {"loss": losses["validation/loss"], "losses": losses, "score": shares[JOINT]}
+    low, high = wilson_interval(sum(right[WORDS] for right in judged), len(judged))
+    row = {"loss": losses["validation/loss"], "losses": losses, "score": shares[WORDS]}
     return {**row, "low": low, "high": high, "scores": shares}
 
 
@@ -111,7 +111,7 @@ def _plot(of_kind, related):
         for row, loss, score in zip(rows, losses, scores, strict=True):
             axes.annotate(f"{row['step']:,}", (loss, score), (5, 5), textcoords="offset points", fontsize=8)
     axes.set_xlabel("validation loss")
-    axes.set_ylabel("prompts whose colour and direction are right, %")
+    axes.set_ylabel("prompts of which every word is right, %")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     drawn = io.StringIO()

@@ -75,14 +75,14 @@ def scores_note(scores) -> str:
 
 def shown_checkpoints(found) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) as text of what checkpoints.json holds: a row for each checkpoint and kind of weights."""
-    heads = ["step", "weights", "validation loss", "color and direction", "every word"]
+    heads = ["step", "weights", "validation loss", "every word", "color and direction"]
     rows = [
         [
             f"{row['step']:,}",
             row["weights"],
             f"{row['loss']:.4f}",
             _cell({**row, "share": row["score"]}),
-            f"{row['scores']['all words']:.1%}",
+            f"{row['scores']['color and direction']:.1%}",
         ]
         for row in found["rows"]
     ]

@@ -26,7 +26,8 @@ GROUPS = {"train": "seen", "heldout": "held out"}
 STILL = ("color", "shape", "background")
 MOVING = ("direction", "speed")
 JOINT = "color and direction"
-ATTRIBUTES = (*STILL, *MOVING, JOINT, "all words", "one shape", "consistent")
+WORDS = "all words"
+ATTRIBUTES = (*STILL, *MOVING, JOINT, WORDS, "one shape", "consistent")
 """Rows of the scores. `all words`: every attribute the caption names; the last two are of no word."""
 
 
@@ -93,7 +94,7 @@ def judge(file, group, prompt, spec, fps) -> dict:
     right = {word: getattr(reading, word) == getattr(spec, word) for word in words}
     if "direction" in right:
         right[JOINT] = right["color"] and right["direction"]
-    right["all words"] = all(right.values())
+    right[WORDS] = all(right.values())
     right |= {"one shape": reading.count == 1, "consistent": reading.is_consistent}
     asked = {word: getattr(spec, word) for word in words}
     file = str(file.relative_to(file.parents[1]))
