@@ -102,10 +102,10 @@ def tiny_image() -> TaeRecipe:
         optim=_MUON,
         global_batch=16,
         micro_batch=8,
-        num_steps=120,
+        num_steps=150,
         precision="fp32",
         output="out/demo/tae_image",
-        save_every=60,
+        save_every=75,
     )
 
 
@@ -120,7 +120,7 @@ def tiny() -> TaeRecipe:
         global_batch=4,
         micro_batch=2,
         image_batch=16,
-        num_steps=300,
+        num_steps=400,
         init_from=image.output,
         output="out/demo/tae",
     )
