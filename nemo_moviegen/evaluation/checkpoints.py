@@ -8,6 +8,7 @@ The loss is that of `training.validation`, on the samples, noise and times it ha
 """
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,21 +96,29 @@ def _write(output, rows):
 
 
 def _plot(of_kind, related):
-    """SVG: score over loss, a point for each checkpoint with its step beside it."""
+    """SVG: score over loss, a point for each checkpoint, its step beside it where there is room."""
     import io
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    axes.margins(0.08)
+    every_loss = [row["loss"] for rows in of_kind.values() for row in rows]
+    span = max(every_loss) - min(every_loss)
     for (kind, rows), color in zip(of_kind.items(), ("#2f6fdb", "#d9822b"), strict=False):
         losses, scores = [row["loss"] for row in rows], [100 * row["score"] for row in rows]
         bars = [[100 * (row["score"] - row["low"]) for row in rows]]
         bars += [[100 * (row["high"] - row["score"]) for row in rows]]
         told = f"{kind}, Spearman {related[kind]['spearman']:+.2f}" if related[kind] else kind
         axes.errorbar(losses, scores, bars, fmt="o", color=color, elinewidth=0.8, label=told)
-        for row, loss, score in zip(rows, losses, scores, strict=True):
-            axes.annotate(f"{row['step']:,}", (loss, score), (5, 5), textcoords="offset points", fontsize=8)
+        labelled = math.inf
+        for row, loss, score in sorted(zip(rows, losses, scores, strict=True), key=lambda some: -some[1]):
+            if labelled - loss >= 0.04 * span:  # late checkpoints lie on each other
+                axes.annotate(
+                    f"{row['step']:,}", (loss, score), (5, 5), textcoords="offset points", fontsize=8
+                )
+                labelled = loss
     axes.set_xlabel("validation loss")
     axes.set_ylabel("prompts of which every word is right, %")
     axes.grid(alpha=0.3)
