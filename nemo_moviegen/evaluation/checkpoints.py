@@ -8,7 +8,6 @@ The loss is that of `training.validation`, on the samples, noise and times it ha
 """
 
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,20 +104,19 @@ def _plot(of_kind, related):
     axes = figure.subplots()
     axes.margins(0.08)
     every_loss = [row["loss"] for rows in of_kind.values() for row in rows]
-    span = max(every_loss) - min(every_loss)
+    span, placed = max(every_loss) - min(every_loss), []  # late checkpoints lie on each other
     for (kind, rows), color in zip(of_kind.items(), ("#2f6fdb", "#d9822b"), strict=False):
         losses, scores = [row["loss"] for row in rows], [100 * row["score"] for row in rows]
         bars = [[100 * (row["score"] - row["low"]) for row in rows]]
         bars += [[100 * (row["high"] - row["score"]) for row in rows]]
         told = f"{kind}, Spearman {related[kind]['spearman']:+.2f}" if related[kind] else kind
         axes.errorbar(losses, scores, bars, fmt="o", color=color, elinewidth=0.8, label=told)
-        labelled = math.inf
         for row, loss, score in sorted(zip(rows, losses, scores, strict=True), key=lambda some: -some[1]):
-            if labelled - loss >= 0.04 * span:  # late checkpoints lie on each other
+            if not any(abs(loss - x) < 0.09 * span and abs(score - y) < 4 for x, y in placed):
                 axes.annotate(
                     f"{row['step']:,}", (loss, score), (5, 5), textcoords="offset points", fontsize=8
                 )
-                labelled = loss
+                placed.append((loss, score))
     axes.set_xlabel("validation loss")
     axes.set_ylabel("prompts of which every word is right, %")
     axes.grid(alpha=0.3)
