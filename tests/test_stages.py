@@ -229,7 +229,7 @@ def test_a_whole_new_part_is_listed_and_starts_as_the_new_model_says():
     assert grow("task_embedding.weight", None, plan.growths["task_embedding.weight"], fresh) is fresh
 
 
-DIFFERENT = {  # field: (value, what else must change for a valid size)
+DIFFERENT = {
     "num_layers": 3,
     "width": 64,
     "ffn_width": 96,
@@ -238,6 +238,7 @@ DIFFERENT = {  # field: (value, what else must change for a valid size)
     "patch_frames": 2,
     "patch_height": 1,
     "patch_width": 1,
+    "block": "dit",
     "gated_ffn": False,
     "qk_norm": False,
     "cross_attention_norm": False,
@@ -247,9 +248,10 @@ DIFFERENT = {  # field: (value, what else must change for a valid size)
 
 @pytest.mark.parametrize("field", stages.FIXED)
 def test_a_field_that_no_stage_changes_is_refused_by_name(field):
+    before = replace(tiny.SIZE, gated_ffn=field != "block")  # a dit block has a plain FFN
     with pytest.raises(ValueError) as error:
-        check_transition(tiny.SIZE, replace(tiny.SIZE, name="next", **{field: DIFFERENT[field]}))
-    old, new = getattr(tiny.SIZE, field), DIFFERENT[field]
+        check_transition(before, replace(before, name="next", **{field: DIFFERENT[field]}))
+    old, new = getattr(before, field), DIFFERENT[field]
     assert str(error.value).splitlines() == [
         "next can not start from weights of test:",
         f"  {field} is {new}, those weights have {old}: set size.{field}={old}",
