@@ -122,5 +122,5 @@ def _plot(of_kind, related):
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg")
+    figure.savefig(drawn, format="svg", metadata={"Creator": None, "Date": None})
     return drawn.getvalue()
