@@ -17,7 +17,7 @@ from pathlib import Path
 import recipes
 from nemo_moviegen.bench.measure import environment
 from nemo_moviegen.evaluation.checkpoints import evaluate_checkpoints
-from nemo_moviegen.evaluation.scores import wilson_interval
+from nemo_moviegen.evaluation.scores import told_share
 from nemo_moviegen.flops import train_flops
 from nemo_moviegen.generation.generate import Models
 from nemo_moviegen.report_charts import read_metrics, series
@@ -34,7 +34,6 @@ SAMPLERS = {"v_prediction": Sampler(schedule="linear", num_steps=250, batch_size
 """DDIM's own: even steps, and enough of them."""
 _SAMPLER = Sampler(batch_size=16)
 NUM_SEEN, NUM_HELDOUT = 96, 48
-WORDS = "all words"
 
 
 def main():
@@ -104,15 +103,10 @@ def table(found) -> str:
     lines = ["| run | PFLOP | " + " | ".join(f"step {step:,}" for step in steps) + " |"]
     lines.append("|---|--:|" + "--:|" * len(steps))
     for run in found["runs"].values():
-        shares = {row["step"]: row["scores"][WORDS] for row in run["rows"]}
-        cells = [_cell(shares[step], count) if step in shares else "" for step in steps]
+        right = {row["step"]: round(row["score"] * count) for row in run["rows"]}
+        cells = [told_share(right[step], count) if step in right else "" for step in steps]
         lines.append(f"| {run['title']} | {run['train_flops'] / 1e15:.2f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(share, count):
-    low, high = wilson_interval(round(share * count), count)
-    return f"{share:.1%} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 if __name__ == "__main__":

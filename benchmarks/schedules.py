@@ -17,8 +17,8 @@ import torch
 from nemo_moviegen.bench.measure import environment
 from nemo_moviegen.data.latents import LatentReader
 from nemo_moviegen.data.synthetic import caption, draw_spec
-from nemo_moviegen.evaluation.scores import wilson_interval
-from nemo_moviegen.evaluation.shapes import JOINT, evaluate_shapes
+from nemo_moviegen.evaluation.scores import told_share
+from nemo_moviegen.evaluation.shapes import JOINT, WORDS, evaluate_shapes
 from nemo_moviegen.flow import draw_noise
 from nemo_moviegen.generation.generate import Models, sample_batches
 from nemo_moviegen.prompts import with_fps
@@ -50,7 +50,7 @@ def main():
         folder = options.output / name.replace(" ", "-")
         scores = evaluate_shapes(models, folder, num_seen=NUM_SEEN, num_heldout=NUM_HELDOUT, sampler=sampler)
         judged = [sample["right"] for sample in scores["samples"]]
-        rows[name] |= {word: sum(right[word] for right in judged) for word in (JOINT, "all words")}
+        rows[name] |= {word: sum(right[word] for right in judged) for word in (JOINT, WORDS)}
         rows[name]["of"] = len(judged)
     print(table(rows))
     if options.write:
@@ -87,14 +87,9 @@ def table(rows) -> str:
     """Markdown: a row a schedule."""
     lines = ["| schedule, steps | velocity error | color and direction | every word |", "|---|--:|--:|--:|"]
     for name, row in rows.items():
-        cells = [f"{row['velocity_error']:.1%}", *(_cell(row[w], row["of"]) for w in (JOINT, "all words"))]
+        cells = [f"{row['velocity_error']:.1%}", *(told_share(row[w], row["of"]) for w in (JOINT, WORDS))]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _cell(number, of):
-    low, high = wilson_interval(number, of)
-    return f"{number / of:.1%} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 if __name__ == "__main__":

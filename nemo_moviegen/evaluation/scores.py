@@ -44,7 +44,7 @@ def score_rows(samples, attributes) -> list[dict]:
 def shown_scores(scores) -> tuple[list[str], list[list[str]]]:
     """(heads, rows) as text: an attribute a row, a group a column, as in `98% (93-99)`."""
     groups = list(dict.fromkeys(row["group"] for row in scores["rows"]))
-    cells = {(row["attribute"], row["group"]): _cell(row) for row in scores["rows"]}
+    cells = {(row["attribute"], row["group"]): told_share(row["right"], row["of"]) for row in scores["rows"]}
     attributes = dict.fromkeys(row["attribute"] for row in scores["rows"])
     of = {row["group"]: row["of"] for row in scores["rows"]}
     heads = ["", *(f"{group}, {of[group]} prompts" for group in groups)]
@@ -81,7 +81,7 @@ def shown_checkpoints(found) -> tuple[list[str], list[list[str]]]:
             f"{row['step']:,}",
             row["weights"],
             f"{row['loss']:.4f}",
-            _cell({**row, "share": row["score"]}),
+            _told(row["score"], row["low"], row["high"]),
             f"{row['scores']['color and direction']:.1%}",
         ]
         for row in found["rows"]
@@ -101,8 +101,14 @@ def correlation_note(found) -> str:
     return f"{told[0].upper()}{told[1:]}."
 
 
-def _cell(row):
-    return f"{row['share']:.1%} ({100 * row['low']:.0f}-{100 * row['high']:.0f})"
+def told_share(num_right, number) -> str:
+    """A share and its 95% interval in percent, as in `97.9% (89-100)`."""
+    low, high = wilson_interval(num_right, number)
+    return _told(num_right / number, low, high)
+
+
+def _told(share, low, high):
+    return f"{share:.1%} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def _table(heads, rows, left):
