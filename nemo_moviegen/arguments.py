@@ -62,6 +62,7 @@ def _parser():
     add("settings", nargs="*", metavar="key=value", help="settings to change, as in filters.text.high=0.7")
     add("--recipe", required=True, help="curation.high_res, curation.low_res or curation.tiny")
     add("--task", type=_task, metavar="I/N", help="score one part of N, from 0/N; the last to end selects")
+    add("--workers", type=int, default=1, metavar="N", help="processes that score, one a core (%(default)s)")
 
     add = command("plan", "memory, seconds and GPU-hours of a recipe on a cluster, before anything starts")
     add("recipe", nargs="?", help="a recipe's name or YAML file")

@@ -6,13 +6,14 @@ stages.json, so a demo that was interrupted goes on where it was.
 
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
 
-from nemo_moviegen.demo_stages import NUM_CLIPS, PROMPTS_FILE, RECIPE, Stage, demo_stages
+from nemo_moviegen.demo_stages import NUM_CLIPS, NUM_CORES, PROMPTS_FILE, RECIPE, Stage, demo_stages
 from nemo_moviegen.watch import run_watched
 from nemo_moviegen.writable import write_whole
 
@@ -127,7 +128,7 @@ def run_stage(stage, record, save):
         save()
         started = time.perf_counter()
         try:
-            code, seconds, peak_bytes = run_watched([sys.executable, "-m", "nemo_moviegen", *command])
+            code, seconds, peak_bytes = run_watched([sys.executable, "-m", "nemo_moviegen", *command], threads_of(command))
         except KeyboardInterrupt:
             record["seconds"] = round(record["seconds"] + time.perf_counter() - started, 2)
             save()
@@ -143,6 +144,12 @@ def run_stage(stage, record, save):
             )
     record["finished"] = True
     save()
+
+
+def threads_of(command) -> int:
+    """Threads of each process: cores that its processes leave to one another, on a machine of two."""
+    has_processes = command[0] in ("train", "curate")
+    return 1 if has_processes else min(NUM_CORES, len(os.sched_getaffinity(0)))
 
 
 def read_records(out) -> dict[str, dict]:

@@ -8,11 +8,14 @@ SAMPLE_SECONDS = 0.25
 """How often it is looked at."""
 
 
-def run_watched(command) -> tuple[int, float, int]:
-    """(exit code, seconds, peak bytes resident in all its processes) of a command on this terminal."""
+def run_watched(command, threads=1) -> tuple[int, float, int]:
+    """(exit code, seconds, peak bytes resident in all its processes) of a command on this terminal.
+
+    Each of its processes computes with that many threads.
+    """
     started, peak_bytes = time.perf_counter(), 0
-    # Ranks share the cores; and warnings of foreign packages would bury what a stage says.
-    environment = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **os.environ}
+    # warnings of foreign packages would bury what a stage says
+    environment = {"PYTHONWARNINGS": "ignore", **os.environ, "OMP_NUM_THREADS": str(threads)}
     process = subprocess.Popen(command, env=environment)
     try:
         while True:

@@ -32,7 +32,7 @@ def told(monkeypatch, tmp_path):
 
         return [stage("clips"), stage("train", resumes=True), stage("report")]
 
-    def run(command):
+    def run(command, threads):
         name = command[3]
         ran.append(name)
         if codes.get(name):
@@ -78,9 +78,9 @@ def test_an_interrupted_training_goes_on_from_what_it_left_another_stage_anew(
     told.codes.clear()
     found, run = [], demo.run_watched
 
-    def run_and_look(command):
+    def run_and_look(command, threads):
         found.append((tmp_path / command[3]).exists())
-        return run(command)
+        return run(command, threads)
 
     monkeypatch.setattr(demo, "run_watched", run_and_look)
     run_demo(tmp_path)
@@ -103,7 +103,7 @@ def test_seconds_of_an_interrupted_training_add_up(told, tmp_path):
 def test_seconds_before_ctrl_c_count_too(told, tmp_path, monkeypatch):
     run = demo.run_watched
 
-    def interrupted(command):
+    def interrupted(command, threads):
         time.sleep(0.2)
         raise KeyboardInterrupt
 

@@ -42,7 +42,7 @@ def curate_command(options):
     from nemo_moviegen.curation.run import MANIFEST, REPORT, curate
 
     recipe = override(recipes.get_curation(options.recipe), options.settings)
-    done = curate(options.folder, options.output, recipe, options.task)
+    done = curate(options.folder, options.output, recipe, options.task, options.workers)
     output = Path(options.output)
     print(f"{done['num_scored']} videos scored", end="")
     if done["num_missing"]:

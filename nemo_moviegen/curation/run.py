@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nemo_moviegen.curation.captions import Caption, caption_reader
@@ -21,6 +22,7 @@ from nemo_moviegen.curation.select import chance, select
 from nemo_moviegen.curation.store import FOLDER, replacing, sweep
 from nemo_moviegen.curation.videos import list_videos
 from nemo_moviegen.curation.work import chunks_of, score_missing, scored_table
+from nemo_moviegen.curation.workers import score_in_workers
 from nemo_moviegen.data.clips import Clip, write_manifest
 from nemo_moviegen.data.cutting import image_of
 
@@ -29,16 +31,18 @@ logger = logging.getLogger(__name__)
 MANIFEST, REPORT, FUNNEL, QUARANTINE = "manifest.parquet", "report.html", "funnel.json", "quarantine.jsonl"
 
 
-def curate(folder, output, recipe, task=None) -> dict:
+def curate(folder, output, recipe, task=None, workers=1) -> dict:
     """Score what is missing of the videos below `folder`, then select; returns what was done.
 
     With `task` (I, N), only the I-th of N parts is scored, and the selection is made by whoever finds that
-    nothing is missing any more. Returned keys: num_scored, num_missing (videos that other tasks still owe),
+    nothing is missing any more. `workers` processes share what is to be scored. Returned keys: num_scored, num_missing (videos that other tasks still owe),
     and, where the selection was made, num_clips and num_refused. ValueError says what the user can change.
     """
     index, count = task or (0, 1)
     if not 0 <= index < count:
         raise ValueError(f"task {index}/{count}: tasks count from 0, so use 0/{count} to {count - 1}/{count}")
+    if workers < 1:
+        raise ValueError(f"{workers} workers: use 1, or as many as this task has cores")
     keys(recipe)  # names every function of the recipe that is not there, before anything is scored
     if recipe.captioner:
         function_of(recipe.captioner)
@@ -49,7 +53,8 @@ def curate(folder, output, recipe, task=None) -> dict:
     sweep(output / FOLDER)
     mine = sum(len(videos) for videos in chunks_of(listing, recipe, (index, count)).values())
     with _progress(f"scoring {index}/{count}", mine) as advance:
-        num_scored = score_missing(listing, output, recipe, (index, count), advance)
+        score = score_missing if workers == 1 else partial(score_in_workers, workers=workers)
+        num_scored = score(listing, output, recipe, (index, count), advance=advance)
     table, missing = scored_table(listing, output, recipe)
     done = {"num_scored": num_scored, "num_missing": len(missing)}
     if missing:
