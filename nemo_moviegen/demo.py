@@ -128,7 +128,9 @@ def run_stage(stage, record, save):
         save()
         started = time.perf_counter()
         try:
-            code, seconds, peak_bytes = run_watched([sys.executable, "-m", "nemo_moviegen", *command], threads_of(command))
+            code, seconds, peak_bytes = run_watched(
+                [sys.executable, "-m", "nemo_moviegen", *command], threads_of(command)
+            )
         except KeyboardInterrupt:
             record["seconds"] = round(record["seconds"] + time.perf_counter() - started, 2)
             save()

@@ -81,7 +81,9 @@ def train_command(recipe, scale, settings) -> tuple[str, ...]:
 def _clips(out, scale, num_clips, videos_at):
     counts = ("--clips", max(24, round(num_clips * scale)), "--heldout", max(4, round(NUM_HELDOUT * scale)))
     commands = [("shapes", out / "videos" / "shapes", *counts)]
-    commands += [("curate", out / "videos", out / "clips", "--recipe", "curation.tiny", "--workers", NUM_CORES)]
+    commands += [
+        ("curate", out / "videos", out / "clips", "--recipe", "curation.tiny", "--workers", NUM_CORES)
+    ]
     for fps, folder in videos_at.items():  # another seed: clips of their own
         commands += [("shapes", folder, *counts, "--fps", f"{fps:g}", "--seed", f"{fps:g}")]
     return _stage("clips", commands, out / "videos", out / "clips", *videos_at.values())

@@ -107,10 +107,10 @@ def tiny_image() -> TaeRecipe:
         optim=_MUON,
         global_batch=32,
         micro_batch=16,
-        num_steps=150,
+        num_steps=100,
         precision="fp32",
         output="out/demo/tae_image",
-        save_every=75,
+        save_every=50,
     )
 
 
@@ -124,8 +124,8 @@ def tiny() -> TaeRecipe:
         data=replace(image.data, image_every=4),
         global_batch=8,
         micro_batch=4,
-        image_batch=32,
-        num_steps=450,
+        image_batch=16,
+        num_steps=350,
         init_from=image.output,
         output="out/demo/tae",
     )

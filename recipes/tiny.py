@@ -26,10 +26,10 @@ def t2i() -> VideoRecipe:
         optim=Optim(learning_rate=2e-3, warmup_steps=50, weight_decay=0.0, beta2=0.99),
         global_batch=16,
         micro_batch=8,
-        num_steps=400,
+        num_steps=250,
         precision="fp32",
         output="out/demo/t2i",
-        save_every=200,
+        save_every=125,
         ema_decay=0.99,
         guidance_scale=3.0,
     )

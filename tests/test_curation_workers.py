@@ -47,7 +47,9 @@ def test_workers_score_what_one_process_scores(films, tmp_path):
     told = curate(films, tmp_path / "three", TINY, workers=3)
     assert told == one
     assert told["num_scored"] == 7
-    assert list(read_manifest(tmp_path / "three" / MANIFEST)) == list(read_manifest(tmp_path / "one" / MANIFEST))
+    assert list(read_manifest(tmp_path / "three" / MANIFEST)) == list(
+        read_manifest(tmp_path / "one" / MANIFEST)
+    )
     tables = [scored_table(list_videos(films, tmp_path / n), tmp_path / n, TINY)[0] for n in ("one", "three")]
     assert tables[0].equals(tables[1])
     assert curate(films, tmp_path / "three", TINY, workers=2)["num_scored"] == 0
@@ -78,7 +80,16 @@ def test_no_workers(films, tmp_path, workers):
 
 
 def test_from_the_command_line(films, tmp_path, capsys):
-    command = ["curate", str(films), str(tmp_path), "--recipe", "curation.tiny", "num_chunks=5", "--workers", "2"]
+    command = [
+        "curate",
+        str(films),
+        str(tmp_path),
+        "--recipe",
+        "curation.tiny",
+        "num_chunks=5",
+        "--workers",
+        "2",
+    ]
     assert cli.main(command) == 0
     assert "7 videos scored" in capsys.readouterr().out
     assert json.loads((tmp_path / "funnel.json").read_text())

@@ -24,7 +24,7 @@ from nemo_moviegen.watch import resident_bytes, run_watched
 @pytest.fixture
 def told(monkeypatch, tmp_path):
     """A three-stage demo of which every command writes its stage's file; returns the list of commands run."""
-    ran, codes = [], {}
+    ran, codes, threads_of = [], {}, {}
 
     def stages(out, scale, num_clips, recipe):
         def stage(name, resumes=False):
@@ -35,6 +35,7 @@ def told(monkeypatch, tmp_path):
     def run(command, threads):
         name = command[3]
         ran.append(name)
+        threads_of[name] = threads
         if codes.get(name):
             (tmp_path / name).write_text("half")
             return codes[name], 1.0, 100
@@ -43,7 +44,7 @@ def told(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "demo_stages", stages)
     monkeypatch.setattr(demo, "run_watched", run)
-    return types.SimpleNamespace(ran=ran, codes=codes)
+    return types.SimpleNamespace(ran=ran, codes=codes, threads_of=threads_of)
 
 
 def test_finished_stages_are_not_repeated(told, tmp_path):
@@ -52,6 +53,14 @@ def test_finished_stages_are_not_repeated(told, tmp_path):
     assert told.ran == ["clips", "train", "report"]
     run_demo(tmp_path, fresh=True)
     assert told.ran == ["clips", "train", "report"] * 2
+
+
+def test_a_command_of_one_process_has_both_cores(told, tmp_path, monkeypatch):
+    """Ranks and workers have one each; a machine of 64 cores is not given to clips of 64 pixels."""
+    for cores, of_one in ((1, 1), (2, 2), (64, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        run_demo(tmp_path, fresh=True)
+        assert told.threads_of == {"clips": of_one, "train": 1, "report": of_one}
 
 
 def test_another_scale_repeats_all_that_depends_on_it(told, tmp_path):
@@ -201,6 +210,12 @@ def test_memory_of_children_counts(tmp_path):
     assert code == 7
     assert 1.5 < seconds < 30
     assert 150 << 20 < peak_bytes < 400 << 20
+
+
+def test_threads_are_told_to_the_command_whatever_the_shell_says(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    child = "import os, sys; sys.exit(int(os.environ['OMP_NUM_THREADS']))"
+    assert run_watched([sys.executable, "-c", child], 3)[0] == 3
 
 
 def test_memory_of_a_process_that_is_gone_is_zero():

@@ -25,12 +25,15 @@ def network():
 @pytest.mark.parametrize("shape", [(8, 72), (72, 8), (16, 16)])
 def test_an_orthogonalised_matrix_keeps_its_directions_and_levels_their_sizes(shape):
     """Against the decomposition it avoids. Seen to catch: the tall matrix not turned."""
-    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
-    found = u.T @ orthogonal(matrix) @ vt.T
-    sizes = found.diagonal()
-    assert ((sizes > 0.6) & (sizes < 1.3)).all()
-    assert (found - torch.diag(sizes)).abs().max() < 1e-10
+    generator = torch.Generator().manual_seed(0)
+    scale_N11 = torch.tensor([1e-3, 1.0, 1e3], dtype=torch.float64).view(3, 1, 1)
+    matrices_NOI = scale_N11 * torch.randn((3, *shape), generator=generator, dtype=torch.float64)
+    for matrix, levelled in zip(matrices_NOI, orthogonal(matrices_NOI), strict=True):
+        u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+        found = u.T @ levelled @ vt.T
+        sizes = found.diagonal()
+        assert ((sizes > 0.6) & (sizes < 1.3)).all()
+        assert (found - torch.diag(sizes)).abs().max() < 1e-10
 
 
 def test_what_is_no_matrix_is_updated_as_adamw_does():
@@ -63,6 +66,24 @@ def test_a_matrix_moves_as_far_as_adamw_would_move_it():
         Muon(ours.parameters(), 1e-2).step()
         moved = (ours[2].weight.data - before).square().mean().sqrt()
         assert 0.15e-2 < moved < 0.25e-2
+
+
+def test_matrices_of_one_shape_learn_as_each_does_alone():
+    """Batched by shape. Seen to catch: one norm for all of a shape, updates handed out in another order."""
+    torch.manual_seed(0)
+    together = nn.Sequential(*(nn.Conv2d(8, 8, 3) for _ in range(3)), nn.Linear(8, 24)).double()
+    alone = copy.deepcopy(together)
+    optimizer = Muon(together.parameters(), 1e-2)
+    optimizers = [Muon(layer.parameters(), 1e-2) for layer in alone]
+    for step in range(3):
+        for net in (together, alone):
+            gradients(net, step)
+            for factor, layer in enumerate(net, start=1):
+                layer.weight.grad *= factor**4
+        for one in (optimizer, *optimizers):
+            one.step()
+    for mine, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
 def test_its_state_goes_on_where_it_was():

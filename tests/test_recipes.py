@@ -79,7 +79,7 @@ def test_overrides_are_checked_together_not_one_by_one():
         ("layout.sharding=all", "layout.sharding is 'all'; use one of none, optimizer, full"),
         (
             "image_batch=40",
-            "image_batch 40 does not split like the clips: use 0 or a multiple of global_batch 32",
+            "image_batch 40 does not split like the clips: use 0 or a multiple of global_batch 16",
         ),
         ("image_batch=-32", "image_batch -32 does not split like the clips"),
         ("data.buckets=video_512", "there are no buckets called 'video_512'; use video_256"),
@@ -176,9 +176,9 @@ def test_a_layout_or_batch_that_does_not_divide_is_refused_before_launch():
     ):
         check_on_cluster(replace(recipe, layout=Layout(tensor=2, context=2)), cluster)
     with pytest.raises(
-        ValueError, match="global_batch 48 does not split over 2 model copies x micro_batch 16"
+        ValueError, match="global_batch 24 does not split over 2 model copies x micro_batch 8"
     ):
-        check_on_cluster(replace(recipe, global_batch=48), cluster)
+        check_on_cluster(replace(recipe, global_batch=24), cluster)
 
 
 def test_the_root_of_a_cluster_comes_from_the_environment_and_moves_relative_paths(monkeypatch):
