@@ -63,13 +63,13 @@ def test_workers_of_tasks_share_out_every_video_once(films, tmp_path):
 
 
 def test_a_scorer_that_fails_in_a_worker_ends_the_run(films, tmp_path):
-    with pytest.raises(ScorerError, match="broken.*weights"):
+    with pytest.raises(ScorerError, match=r"broken.*weights"):
         curate(films, tmp_path, scored_by("broken"), workers=2)
     assert not (tmp_path / MANIFEST).exists()
 
 
 def test_a_killed_worker_is_told(films, tmp_path):
-    with pytest.raises(ValueError, match="one of 2 workers was killed, mostly for want of memory.*fewer"):
+    with pytest.raises(ValueError, match=r"one of 2 workers was killed, mostly for want of memory.*fewer"):
         curate(films, tmp_path, scored_by("deadly"), workers=2)
 
 
