@@ -36,7 +36,8 @@ def curate(folder, output, recipe, task=None, workers=1) -> dict:
 
     With `task` (I, N), only the I-th of N parts is scored, and the selection is made by whoever finds that
     nothing is missing any more. `workers` processes share what is to be scored. Returned keys: num_scored,
-    num_missing (videos that other tasks still owe), and, where the selection was made, num_clips and num_refused. ValueError says what the user can change.
+    num_missing (videos that other tasks still owe), and, where the selection was made, num_clips and
+    num_refused. ValueError says what the user can change.
     """
     index, count = task or (0, 1)
     if not 0 <= index < count:

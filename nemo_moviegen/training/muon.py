@@ -69,9 +69,8 @@ def _muon(gradients, states, group):
             state["momentum"] = torch.zeros_like(gradient)
     momenta = [state["momentum"] for state in states]
     torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-    ahead = [
-        g.lerp(m, group["momentum"]).flatten(1) for g, m in zip(gradients, momenta, strict=True)
-    ]  # Nesterov
+    ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+    ahead = [gradient.flatten(1) for gradient in ahead]
     alike, updates = defaultdict(list), [None] * len(ahead)
     for number, matrix_OI in enumerate(ahead):
         alike[matrix_OI.shape].append(number)
