@@ -63,7 +63,7 @@ def orthogonal(matrices_NOI: Tensor, steps: int = 5) -> Tensor:
 
 
 def _muon(gradients, states, group):
-    """Updates of matrices; those of one shape together, since most of the time of a small one is its calls."""
+    """Updates of matrices; those of one shape together: most of the time of a small one is its calls."""
     for gradient, state in zip(gradients, states, strict=True):
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
