@@ -107,10 +107,10 @@ def tiny_image() -> TaeRecipe:
         optim=_MUON,
         global_batch=32,
         micro_batch=16,
-        num_steps=100,
+        num_steps=120,
         precision="fp32",
         output="out/demo/tae_image",
-        save_every=50,
+        save_every=60,
     )
 
 
@@ -125,7 +125,7 @@ def tiny() -> TaeRecipe:
         global_batch=8,
         micro_batch=4,
         image_batch=16,
-        num_steps=350,
+        num_steps=500,
         init_from=image.output,
         output="out/demo/tae",
     )
