@@ -95,10 +95,10 @@ def write_prompts(out) -> Path:
 
 
 def keyed(stages) -> list[tuple[Stage, str]]:
-    """Each stage with a key that changes with its commands and with those of all stages before it."""
+    """Each stage with a key that changes with its commands and recipe, and those of all stages before it."""
     digest, pairs = hashlib.blake2b(digest_size=8), []
     for stage in stages:
-        digest.update(repr(stage.commands).encode())
+        digest.update(repr((stage.commands, stage.recipe)).encode())
         pairs.append((stage, digest.hexdigest()))
     return pairs
 

@@ -1,6 +1,6 @@
 """The commands that make a demo, stage by stage: of `make demo`, or of a longer run of Moving Shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nemo_moviegen.buckets import bucket_set
@@ -33,6 +33,8 @@ class Stage:
     outputs: tuple[Path, ...]
     resumes: bool = False
     """Whether an interrupted run goes on from what it left; otherwise that is deleted first."""
+    recipe: str = ""
+    """YAML of the recipe that a training command names: with another the stage is another."""
 
 
 def demo_stages(out, scale, num_clips=NUM_CLIPS, recipe=RECIPE) -> list[Stage]:
@@ -99,8 +101,8 @@ def _autoencoders(out, scale, manifest):
     measure = ("evaluate", "tae", out / "tae", manifest, "--against", out / "tae_image", "--seconds", 1)
     measure += ("--limit", NUM_MEASURED, "--output", out / AUTOENCODER_REPORT.parent)
     return [
-        _stage("image autoencoder", (image,), out / "tae_image", resumes=True),
-        _stage("autoencoder", (video,), out / "tae", resumes=True),
+        _training("image autoencoder", image, out / "tae_image"),
+        _training("autoencoder", video, out / "tae"),
         _stage("autoencoder measured", (measure,), out / AUTOENCODER_REPORT.parent),
     ]
 
@@ -125,8 +127,8 @@ def _trainings(out, scale, video):
     images = train_command(recipes.get("tiny.t2i"), scale, where)
     where |= {"output": out / "t2iv", "init_from": out / "t2i"}
     return [
-        _stage("images", (images,), out / "t2i", resumes=True),
-        _stage("images and video", (train_command(video, scale, where),), out / "t2iv", resumes=True),
+        _training("images", images, out / "t2i"),
+        _training("images and video", train_command(video, scale, where), out / "t2iv"),
     ]
 
 
@@ -154,9 +156,17 @@ def _samples(out, scale, bucket, video, rates):
     return stages
 
 
-def _stage(name, commands, *outputs, resumes=False):
+def _training(name, command, output):
+    import recipes
+    from nemo_moviegen.recipe import recipe_yaml
+
+    stage = _stage(name, (command,), output)
+    return replace(stage, resumes=True, recipe=recipe_yaml(recipes.get(command[1])))
+
+
+def _stage(name, commands, *outputs):
     commands = tuple(tuple(str(word) for word in command) for command in commands)
-    return Stage(name=name, commands=commands, outputs=outputs, resumes=resumes)
+    return Stage(name=name, commands=commands, outputs=outputs)
 
 
 def _setting(recipe, key):

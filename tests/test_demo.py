@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import recipes
 from nemo_moviegen import demo
 from nemo_moviegen.buckets import bucket_set
 from nemo_moviegen.data.buckets import assign
@@ -152,6 +154,15 @@ def test_the_commands_of_the_standard_demo_change_nothing_of_the_recipes():
     trained = [command for stage in stages for command in stage.commands if command[0] == "train"]
     names = ("tae.tiny_image", "tae.tiny", "tiny.t2i", "tiny.t2iv")
     assert trained == [("train", name) for name in names]
+
+
+def test_an_edited_recipe_repeats_its_training_and_all_after_it(monkeypatch):
+    """Its command is still `train NAME`. Seen to catch: keys of the commands alone."""
+    before = {stage.name: key for stage, key in keyed(demo_stages(Path("out/demo"), 1.0))}
+    edited = replace(recipes.get("tae.tiny"), num_steps=7)
+    monkeypatch.setitem(recipes.RECIPES, "tae.tiny", lambda: edited)
+    after = {stage.name: key for stage, key in keyed(demo_stages(Path("out/demo"), 1.0))}
+    assert [name for name in after if after[name] == before[name]] == ["clips", "image autoencoder"]
 
 
 def test_the_long_run_has_clips_of_both_rates_and_measures_its_checkpoints():
