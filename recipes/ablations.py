@@ -51,7 +51,7 @@ def no_images() -> VideoRecipe:
 
 
 ALL = (paper_t2i, paper, v_prediction_t2i, v_prediction, dit_t2i, dit, no_images)
-KEEP_EVERY = 300
+KEEP_EVERY = 400
 """Steps of the video stages."""
 
 
