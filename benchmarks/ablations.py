@@ -102,12 +102,12 @@ def table(found) -> str:
     """Markdown: a row a run, a column a checkpoint, prompts whose every word is right."""
     count = NUM_SEEN + NUM_HELDOUT
     steps = sorted({row["step"] for run in found["runs"].values() for row in run["rows"]})
-    lines = ["| run | PFLOP | " + " | ".join(f"step {step:,}" for step in steps) + " |"]
+    lines = ["| run | TFLOP | " + " | ".join(f"step {step:,}" for step in steps) + " |"]
     lines.append("|---|--:|" + "--:|" * len(steps))
     for run in found["runs"].values():
         right = {row["step"]: round(row["score"] * count) for row in run["rows"]}
         cells = [told_share(right[step], count) if step in right else "" for step in steps]
-        lines.append(f"| {run['title']} | {run['train_flops'] / 1e15:.2f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {run['title']} | {run['train_flops'] / 1e12:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
