@@ -10,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from ranks import run_on_ranks
 
 from nemo_moviegen.recipe import METRICS_FILE, LatentData, Layout, Optim, VideoRecipe, read_recipe
 from nemo_moviegen.training.checkpoint import (
@@ -174,6 +175,42 @@ def test_folders_that_hold_no_video_run_are_named(tmp_path):
     write_recipe(recipe(tmp_path))
     with pytest.raises(ValueError, match="holds no finished checkpoint yet"):
         load_video_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        (1, r"holds another model than .*recipe\.yaml says: weights\.decoder\.layers\.1\."),
+        (3, r"holds another model: weights\.decoder\.layers\.2\..* is missing"),
+    ],
+    ids=["fewer", "more"],
+)
+def test_a_model_of_fewer_or_more_layers_than_were_trained_is_refused(tmp_path, layers, said):
+    """Seen to catch: the layers that a changed recipe still names are read, and the others left out."""
+    run_on_ranks(_save_a_model, tmp_path, world_size=1)
+    write_recipe(recipe(tmp_path, size=replace(tiny.SIZE, num_layers=layers)))
+    with pytest.raises(AssertionError, match=said):
+        run_on_ranks(_load_a_model, tmp_path, world_size=1)
+
+
+def _save_a_model(folder):
+    """A finished checkpoint of fresh weights of `tiny.SIZE`."""
+    from nemo_moviegen.training.cpu import stand_in_for_cuda
+    from nemo_moviegen.video.model import VideoTransformer, video_config
+
+    stand_in_for_cuda()
+    join_process_groups(Layout())
+    weights = VideoTransformer(video_config(tiny.SIZE, Layout(), "fp32"), seed=0).named_parameters()
+    checkpoint = folder / "checkpoints" / "step=1"
+    write_folder(
+        checkpoint / "tensors",
+        {f"weights.{n}": [Piece((0,) * p.dim(), tuple(p.shape), p.detach())] for n, p in weights},
+    )
+    write_json(checkpoint / "state.json", {"step": 1, "validation_loss": None})
+
+
+def _load_a_model(folder):
+    load_video_model(folder)
 
 
 def test_a_recipe_is_written_whole_and_read_back(tmp_path):

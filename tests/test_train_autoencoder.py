@@ -28,6 +28,7 @@ from nemo_moviegen.training.autoencoder import load_autoencoder, start_from, tra
 from nemo_moviegen.training.autoencoder_clips import TrainingClips
 from nemo_moviegen.training.autoencoder_folder import CHECKPOINT_FILE
 from nemo_moviegen.training.autoencoder_module import AutoencoderModule
+from nemo_moviegen.training.record import write_recipe
 
 ADVERSARIAL = AutoencoderLosses(adversarial=0.5, adversarial_from_step=1, outlier=1.0, squared_error_steps=3)
 SMALL_DISCRIMINATOR = DiscriminatorSettings(width=4, levels=2, learning_rate=1e-3)
@@ -412,8 +413,12 @@ def test_the_penalty_and_the_squared_error_follow_their_steps(manifest, tmp_path
 def test_a_folder_of_another_autoencoder_is_refused(manifest, tmp_path):
     train_autoencoder(small_recipe(manifest, tmp_path, num_steps=1))
     other = AutoencoderSize(base_width=8, multipliers=(1, 1, 2, 2), blocks_per_level=1)
+    changed = small_recipe(manifest, tmp_path, autoencoder=other)
     with pytest.raises(ValueError, match="another autoencoder"):
-        train_autoencoder(small_recipe(manifest, tmp_path, autoencoder=other))
+        train_autoencoder(changed)
+    write_recipe(changed)
+    with pytest.raises(ValueError, match=r"holds another autoencoder than its recipe\.yaml says"):
+        load_autoencoder(tmp_path)
 
 
 def test_a_folder_without_a_trained_autoencoder_is_refused(tmp_path):

@@ -57,11 +57,17 @@ def train_autoencoder(recipe: TaeRecipe) -> dict | None:
 def load_autoencoder(run_folder) -> TemporalAutoencoder:
     """The autoencoder of a run's last checkpoint, its average where it kept one, on the CPU, in eval mode.
 
-    ValueError if there is none.
+    ValueError if there is none, or one of another size than the run's recipe.
     """
     recipe, state = _read_run(run_folder)
     autoencoder = TemporalAutoencoder(recipe.autoencoder)
-    autoencoder.load_state_dict(_trained(state))
+    try:
+        autoencoder.load_state_dict(_trained(state))
+    except RuntimeError as error:
+        raise ValueError(
+            f"the checkpoint of {run_folder} holds another autoencoder than its {RECIPE_FILE} says; restore "
+            f"the recipe the run was trained with ({' '.join(str(error).split())[:300]})"
+        ) from None
     return autoencoder.eval()
 
 

@@ -186,7 +186,7 @@ def load_video_model(run_folder, layout=None, *, weights=None, step=0):
     `weights` is "ema" or "weights" (those being trained); None takes the average where the run kept one. They
     may have been trained in any layout; this process holds them whole, or its part under `layout`, for which
     megatron's groups exist. On a CPU bf16 weights are read as fp32. ValueError where the folder holds no
-    finished run of a video recipe, or no such weights.
+    finished run of a video recipe, no such weights, or those of another size than its recipe.
     """
     recipe_file = Path(run_folder, RECIPE_FILE)
     if not recipe_file.is_file():
@@ -216,11 +216,18 @@ def load_video_model(run_folder, layout=None, *, weights=None, step=0):
     model = VideoTransformer(video_config(recipe.size, layout, precision), seed=None)
     if on_gpu:
         model.cuda()
-    has_average = any(name.startswith(f"{EMA}.") for name in tensor_shapes(folder / TENSORS))
+    stored = tensor_shapes(folder / TENSORS)
+    has_average = any(name.startswith(f"{EMA}.") for name in stored)
     if weights == EMA and not has_average:
         raise ValueError(f"{folder} holds no average of its weights; it was trained with ema_decay=0")
     kind = weights or (EMA if has_average else WEIGHTS)
     shards = {f"{kind}.{shard.name}": shard for shard in whole_shards(model)}
+    unread = sorted(name for name in stored if name.startswith(f"{kind}.") and name not in shards)
+    if unread:  # fewer layers than were trained would make samples all the same, bad ones
+        raise ValueError(
+            f"{folder / TENSORS} holds another model than {recipe_file} says: {', '.join(unread[:5])} "
+            f"({len(unread)} tensors too many); restore the recipe the run was trained with"
+        )
     read_into(folder / TENSORS, pieces({name: shard.weight for name, shard in shards.items()}, shards))
     return model.eval(), replace(recipe, layout=layout)
 
