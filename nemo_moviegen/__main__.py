@@ -74,7 +74,10 @@ def _say(error):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Lightning's handler would let the wait go on
         time.sleep(_PATIENCE_SECONDS)
     where = f" (rank {rank})" if rank else ""
-    print(f"moviegen: {' '.join(str(error).split())}{where}", file=sys.stderr, flush=True)
+    said = str(error)
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        said = f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
+    print(f"moviegen: {' '.join(said.split())}{where}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_count_takes_a_recipe_and_a_recipe_file(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["recipes", "tiny.t2"], "did you mean 'tiny.t2i'"),
-        (["recipes", "nowhere.yaml"], "nowhere.yaml"),
+        (["recipes", "nowhere.yaml"], "nowhere.yaml: no such file or directory; check the path"),
         (["count", "video_30"], "did you mean 'video_30b'"),
         (["count", "tae.tiny"], "trains an autoencoder"),
         (["bench", "tae", "--parts", "decode"], "no part decode; use production, small, long"),
