@@ -18,6 +18,7 @@ from nemo_moviegen.recipe import recipe_yaml
 from nemo_moviegen.sampling import Sampler, keeping
 from nemo_moviegen.sizes import VIDEO_TINY, AutoencoderSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
+from nemo_moviegen.tae.tiling import Tiling
 from nemo_moviegen.video_files import read_frames
 from recipes import tae, tiny
 
@@ -79,7 +80,7 @@ def asked(folders, **changed):
     bucket = {name: settings.pop(name) for name in ("num_frames", "height_px", "width_px", "fps")}
     models = {"run": "run", "autoencoder": "tae", "encoders": "encoders", "latents": "latents"}
     models = {name: settings.pop(name, folders[folder]) for name, folder in models.items()}
-    more = {name: settings.pop(name) for name in ("task", "layout", "rewrite") if name in settings}
+    more = {name: settings.pop(name) for name in ("task", "layout", "rewrite", "tiling") if name in settings}
     return {"models": Models(**models), "bucket": Bucket(**bucket), "sampler": Sampler(**settings), **more}
 
 
@@ -149,6 +150,7 @@ def make_by_tasks(folders, output):
     made = sorted(file for index in (1, 0) for file in run(index) if file.suffix == ".mp4")
     told = []
     changes = ({"seed": 1}, {"method": "midpoint"}, {"negative_prompt": "fog"}, {"prompts": PROMPTS[::-1]})
+    changes += ({"tiling": Tiling(frames=0)},)
     for changed in changes:
         with pytest.raises(ValueError) as error:
             run(0, **changed)
@@ -201,7 +203,8 @@ def test_tasks_of_an_array_make_the_samples_of_one_and_only_what_is_missing(made
     for by_task, whole in zip(frames, made["all"][0], strict=True):
         assert abs(by_task - whole).max() <= 2
     assert again[0] > before[0] and again[1:] == before[1:], "only what was gone is made"
-    for text, words in zip(told, ("seed", "schedule", "negative prompt", "prompts"), strict=True):
+    names = ("seed", "schedule", "negative prompt", "prompts", "tiling")
+    for text, words in zip(told, names, strict=True):
         assert f"holds samples of another {words} (settings-" in text
 
 

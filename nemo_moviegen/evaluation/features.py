@@ -39,7 +39,7 @@ class Features:
 
         ValueError where the network returns anything but [N, D].
         """
-        bytes_NCHW = ((frames_NCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        bytes_NCHW = to_bytes(frames_NCHW)
         with torch.no_grad():
             parts = [self.network(part_NCHW) for part_NCHW in bytes_NCHW.split(_FRAMES_AT_ONCE)]
         for part in parts:
@@ -50,6 +50,11 @@ class Features:
                     "the network has to map uint8 [N, 3, H, W] (of clips [N, 3, T, H, W]) to [N, D]"
                 )
         return torch.cat(parts).double()
+
+
+def to_bytes(frames: Tensor) -> Tensor:
+    """uint8 of frames in [-1, 1], what networks and files see; values outside are clipped."""
+    return ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def find_features(name, device="cpu", *, clips=False) -> Features:

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from nemo_moviegen.evaluation.features import find_features
+from nemo_moviegen.evaluation.features import find_features, to_bytes
 from nemo_moviegen.evaluation.frechet import Moments, frechet_distance
 from nemo_moviegen.writable import write_whole
 
@@ -96,8 +96,8 @@ class ClipScore:
         from torchmetrics.functional.multimodal import clip_score
 
         self.num_cut += len(self.pair[1].tokenizer(prompt)["input_ids"]) > self.longest
-        bytes_TCHW = ((frames_TCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        self.scores.append(float(clip_score(list(bytes_TCHW), [prompt] * len(bytes_TCHW), lambda: self.pair)))
+        frames = list(to_bytes(frames_TCHW))
+        self.scores.append(float(clip_score(frames, [prompt] * len(frames), lambda: self.pair)))
 
     def add_real(self, frames_TCHW):
         """Nothing: the score is of prompts and samples."""

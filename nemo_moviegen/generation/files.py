@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ CAPTION_CHARACTERS = 300
 """Of a prompt that the sheet shows; the settings have all of it."""
 
 
-def settings_of(models, prompts, bucket, sampler, rewrite) -> dict:
+def settings_of(models, prompts, bucket, sampler, rewrite, tiling) -> dict:
     """What makes the samples of a folder the samples they are, as its settings say it."""
     return {
         **{f"{kind.replace(' ', '_')}_folder": str(folder) for kind, folder in models.folders().items()},
@@ -42,6 +43,7 @@ def settings_of(models, prompts, bucket, sampler, rewrite) -> dict:
         "negative_prompt": sampler.negative_prompt,
         "prompts_sha256": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "rewrite": getattr(rewrite, "name", ""),
+        "tiling": asdict(tiling),
     }
 
 

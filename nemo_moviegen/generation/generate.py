@@ -19,6 +19,7 @@ from nemo_moviegen.generation.checks import check_inputs, check_writable
 from nemo_moviegen.layout import Layout
 from nemo_moviegen.prompts import with_fps
 from nemo_moviegen.sampling import Sampler, decode, sample_latents, step_of
+from nemo_moviegen.tae.tiling import Tiling
 from nemo_moviegen.training.checkpoint import checkpoints
 from nemo_moviegen.training.place import joined
 
@@ -82,7 +83,8 @@ def generate(
     sampler = replace(sampler, method=method)
     check_writable(output)
     models = replace(models, step=models.step or max(checkpoints(models.run), default=0))
-    settings = files.settings_of(models, prompts, bucket, sampler, rewrite)
+    tiling = tiling or Tiling()
+    settings = files.settings_of(models, prompts, bucket, sampler, rewrite, tiling)
     files.check_settings(output, settings)
     rows = range(task[0], len(prompts), task[1])
     paths = {row: files.sample_file(output, row, prompts[row], bucket.num_frames) for row in rows}
