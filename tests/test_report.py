@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from browser import needs_chromium, told_by
 
 from nemo_moviegen.data.clips import read_manifest, write_manifest
 from nemo_moviegen.data.synthetic import ShapeSpec, render, write_moving_shapes
@@ -239,3 +240,19 @@ def test_the_real_clip_and_its_reconstruction_are_those_of_the_prompt(demo):
 def test_a_prompt_without_a_clip_says_so(demo):
     page = Page(write_report(demo, demo / "report.html"))
     assert page.text.count("no clip has this caption") == 2
+
+
+@needs_chromium
+@pytest.mark.parametrize("width_px", [500, 1200], ids=["phone", "desk"])
+def test_a_browser_plays_the_videos_and_nothing_sticks_out(demo, tmp_path, width_px):
+    """Seen to catch: a table that is wider than a phone; a video that no browser decodes."""
+    page = write_report(demo, demo / "report.html")
+    script = """
+    const root = document.documentElement;
+    const videos = [...document.querySelectorAll("video")].map((v) => [v.videoWidth, v.duration, v.error]);
+    tell({ inner: innerWidth, needed: root.scrollWidth, videos });
+    """
+    found, problems = told_by(page, script, tmp_path / "reader", width_px)
+    assert not problems
+    assert found["inner"] == width_px and found["needed"] <= width_px
+    assert found["videos"] and all(video == [64, 1, None] for video in found["videos"])

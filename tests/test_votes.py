@@ -2,11 +2,10 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
+from browser import needs_chromium, told_by
 
 from nemo_moviegen.evaluation.compare import write_compare
 from nemo_moviegen.evaluation.votes import (
@@ -17,8 +16,6 @@ from nemo_moviegen.evaluation.votes import (
     read_votes,
     votes_tables,
 )
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def export(path, choices, models=("a", "b"), rater="r1", axis="text"):
@@ -154,11 +151,11 @@ def test_the_page_links_the_videos_and_no_prompt_ends_its_script(folders, tmp_pa
     assert data["pairs"][0]["files"] == ["../first model/000-x.png", "../second/000-x.png"]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium: Debian package of that name")
+@needs_chromium
 def test_keys_vote_and_the_export_has_the_model_behind_each_side(folders, tmp_path):
     """Sides are shuffled: the model shown left is the one that the left arrow votes for."""
     page, _ = write_compare(folders, ["x", "y"], tmp_path / "page.html")
-    drive = """<script>
+    drive = """
     const press = (key) => document.dispatchEvent(new KeyboardEvent("keydown", { key }));
     const expected = {};
     for (const way of ["Left", "Right", "Down", "Left", "Up", "Right", "Left", "Right"]) {
@@ -173,19 +170,12 @@ def test_keys_vote_and_the_export_has_the_model_behind_each_side(folders, tmp_pa
       press(key);
     }
     const done = !document.getElementById("done").hidden;
-    document.title = JSON.stringify({ exported: JSON.parse(exported()), expected, done });
-    </script></body>"""
-    page.write_text(page.read_text().replace("</body>", drive))
+    tell({ exported: JSON.parse(exported()), expected, done });
+    """
     seen = set()
     for profile in range(4):
-        told = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-            + [f"--user-data-dir={tmp_path / str(profile)}", page.as_uri()],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        ).stdout
-        found = json.loads(re.search(r"<title>(.*?)</title>", told, re.DOTALL)[1].replace("&amp;", "&"))
+        found, problems = told_by(page, drive, tmp_path / str(profile))
+        assert not problems
         votes = {f"{v['number']}/{v['axis']}": v["choice"] for v in found["exported"]["votes"]}
         assert votes == found["expected"] and len(votes) == 6 and found["done"]
         assert sorted(votes.values()).count("tie") == 1
