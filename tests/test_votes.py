@@ -90,6 +90,8 @@ def test_the_tables_show_pairs_and_from_three_models_on_ratings(tmp_path):
     [
         ("{", "is no export of votes"),
         ('{"models": ["a", "b"]}', "is no export of votes"),
+        ('{"models": ["a", "b"], "rater": "r", "votes": [{"choice": "a"}]}', "is no export of votes"),
+        ('{"models": ["a", "b"], "rater": "r", "votes": {"1": "a"}}', "is no export of votes"),
         ('{"models": ["a", "a"], "rater": "r", "votes": []}', "two different models"),
         (
             '{"models": ["a", "b"], "rater": "r", "votes": [{"number": 1, "axis": "text", "choice": "c"}]}',

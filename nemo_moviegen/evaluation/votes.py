@@ -37,7 +37,8 @@ def read_votes(paths) -> list[dict]:
     for path in paths:
         try:
             told = json.loads(Path(path).read_text(encoding="utf-8"))
-            models, rater, votes = tuple(told["models"]), str(told["rater"]), told["votes"]
+            models, rater, votes = tuple(map(str, told["models"])), str(told["rater"]), told["votes"]
+            votes = [(int(vote["number"]), vote) for vote in votes]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is no export of votes ({type(error).__name__}: {error}): give what the page of "
@@ -45,14 +46,14 @@ def read_votes(paths) -> list[dict]:
             ) from None
         if len(set(models)) != 2:
             raise ValueError(f"{path} compares {', '.join(models)}: votes are between two different models")
-        for vote in votes:
+        for number, vote in votes:
             if vote.get("choice") not in (*models, TIE) or vote.get("axis") not in AXES:
                 raise ValueError(
                     f"{path} holds a vote of choice {vote.get('choice')!r} on axis {vote.get('axis')!r}: "
                     f"choices are {', '.join(models)} or {TIE}, axes {', '.join(AXES)}"
                 )
-            key = (frozenset(models), rater, vote["number"], vote["axis"])
-            rows[key] = {**vote, "models": tuple(sorted(models)), "rater": rater}
+            key = (frozenset(models), rater, number, vote["axis"])
+            rows[key] = {**vote, "number": number, "models": tuple(sorted(models)), "rater": rater}
     if not rows:
         raise ValueError("there are no votes in " + ", ".join(map(str, paths)))
     return list(rows.values())
