@@ -25,7 +25,7 @@ from nemo_moviegen.data.frames import read_clip
 from nemo_moviegen.inputs import Bucket
 from nemo_moviegen.recipe import read_recipe
 from nemo_moviegen.tae.tiling import Tiling, decode_tiled, encode_tiled
-from nemo_moviegen.training.autoencoder import load_autoencoder
+from nemo_moviegen.training.autoencoder_weights import load_autoencoder
 
 FRAMES = 128
 STREAM = Tiling(frames=0)

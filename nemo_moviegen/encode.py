@@ -68,7 +68,7 @@ def encode(
     does not serve; also where no training clip is readable, or the disk is full.
     """
     from nemo_moviegen.text_encoders import TextEncoders, encoder_device
-    from nemo_moviegen.training.autoencoder import load_autoencoder
+    from nemo_moviegen.training.autoencoder_weights import load_autoencoder
 
     started, tiling = time.perf_counter(), tiling or Tiling()
     _check_task(task, batch_size, samples_per_shard)

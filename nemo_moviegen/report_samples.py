@@ -24,7 +24,7 @@ def samples_part(demo) -> dict:
     known = {}
     if clips and (demo / "tae").is_dir():
         from nemo_moviegen.recipe import Bucket
-        from nemo_moviegen.training.autoencoder import load_autoencoder
+        from nemo_moviegen.training.autoencoder_weights import load_autoencoder
 
         bucket = Bucket(**{name: settings[name] for name in ("num_frames", "height_px", "width_px", "fps")})
         known = real_and_rebuilt(clips, bucket, load_autoencoder(demo / "tae"))

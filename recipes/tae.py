@@ -126,6 +126,7 @@ def tiny() -> TaeRecipe:
         micro_batch=4,
         image_batch=16,
         num_steps=500,
+        save_every=100,
         init_from=image.output,
         output="out/demo/tae",
     )

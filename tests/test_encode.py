@@ -22,7 +22,7 @@ from nemo_moviegen.recipe import RECIPE_FILE, AutoencoderSize, Bucket, recipe_ya
 from nemo_moviegen.sizes import VIDEO_TINY, ContextSize
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.text_encoders import TextEncoders, write_toy_encoders
-from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE
+from nemo_moviegen.training.autoencoder_weights import CHECKPOINT_FILE
 from nemo_moviegen.validation import heldout_folder
 from recipes import tae
 

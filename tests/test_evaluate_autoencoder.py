@@ -24,7 +24,7 @@ from nemo_moviegen.evaluation.rows import shown_rows
 from nemo_moviegen.evaluation.spans import choose_spans, read_source
 from nemo_moviegen.recipe import AutoencoderSize, Bucket, ClipData, Optim, TaeRecipe
 from nemo_moviegen.tae.model import TemporalAutoencoder
-from nemo_moviegen.training.autoencoder import CHECKPOINT_FILE, load_autoencoder
+from nemo_moviegen.training.autoencoder_weights import CHECKPOINT_FILE, load_autoencoder
 from nemo_moviegen.training.record import write_recipe
 from nemo_moviegen.video_files import read_frames
 

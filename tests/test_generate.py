@@ -97,7 +97,7 @@ def make(folders, output, prompts, **changed):
 
 def stand_ins(layout):
     """In a process of its own, for it patches what loads models: real ones, the same in any layout."""
-    import nemo_moviegen.training.autoencoder
+    import nemo_moviegen.training.autoencoder_weights
     import nemo_moviegen.training.checkpoint
     from nemo_moviegen.training.cpu import stand_in_for_cuda
 
@@ -114,7 +114,7 @@ def stand_ins(layout):
     size = AutoencoderSize(base_width=8, multipliers=(1, 1, 2, 2), blocks_per_level=1)
     autoencoder = TemporalAutoencoder(size).eval()
     nemo_moviegen.training.checkpoint.load_video_model = lambda *_, **__: (model, RECIPE)
-    nemo_moviegen.training.autoencoder.load_autoencoder = lambda folder: autoencoder
+    nemo_moviegen.training.autoencoder_weights.load_autoencoder = lambda folder: autoencoder
 
 
 def make_on_rank(folders, output):
@@ -255,7 +255,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(folders, monkeypatch, tmp_pa
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("nemo_moviegen.training.checkpoint.load_video_model", loaded)
-    monkeypatch.setattr("nemo_moviegen.training.autoencoder.load_autoencoder", loaded)
+    monkeypatch.setattr("nemo_moviegen.training.autoencoder_weights.load_autoencoder", loaded)
     for words, changed in {
         "run folder .*nowhere does not exist": {"run": tmp_path / "nowhere"},
         "text encoder folder .*nothing": {"encoders": tmp_path / "nothing"},

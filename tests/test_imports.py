@@ -146,3 +146,13 @@ def test_plain_numbers_and_the_command_line_import_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_what_makes_videos_and_measures_them_starts_without_lightning_and_nemo():
+    """They take ten seconds to import, of a demo's every stage."""
+    modules = ["generation.generate", "evaluation.shapes", "evaluation.measuring", "encode", "report"]
+    modules += ["report_samples", "training.autoencoder_weights", "training.checkpoint", "training.place"]
+    code = "import sys\n" + "".join(f"import nemo_moviegen.{module}\n" for module in modules)
+    code += "print(sorted({'lightning', 'nemo', 'torchmetrics', 'megatron'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"

@@ -24,10 +24,10 @@ from nemo_moviegen.recipe import (
 )
 from nemo_moviegen.tae.model import TemporalAutoencoder
 from nemo_moviegen.training import autoencoder_step as training
-from nemo_moviegen.training.autoencoder import load_autoencoder, start_from, train_autoencoder
+from nemo_moviegen.training.autoencoder import train_autoencoder
 from nemo_moviegen.training.autoencoder_clips import TrainingClips
-from nemo_moviegen.training.autoencoder_folder import CHECKPOINT_FILE
 from nemo_moviegen.training.autoencoder_module import AutoencoderModule
+from nemo_moviegen.training.autoencoder_weights import CHECKPOINT_FILE, load_autoencoder, start_from
 from nemo_moviegen.training.record import write_recipe
 
 ADVERSARIAL = AutoencoderLosses(adversarial=0.5, adversarial_from_step=1, outlier=1.0, squared_error_steps=3)

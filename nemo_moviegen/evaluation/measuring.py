@@ -10,7 +10,7 @@ from nemo_moviegen.evaluation.frechet import Moments
 from nemo_moviegen.evaluation.metrics import outlier_norms, outlier_summary, psnr, ssim
 from nemo_moviegen.evaluation.pictures import NUM_SHOWN, Dots, Shown, shown_frames
 from nemo_moviegen.tae.tiling import decode_tiled, encode_tiled
-from nemo_moviegen.training.autoencoder import load_autoencoder
+from nemo_moviegen.training.autoencoder_weights import load_autoencoder
 
 PIXELS_PER_LATENT = 8
 """Rows, and columns: of every autoencoder here."""

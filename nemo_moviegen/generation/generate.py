@@ -118,7 +118,7 @@ def _make(models, wanted, shape, sampler, tiling, place):
     """Write the samples `wanted`, {number: (text, file)}; returns what the settings say of them."""
     from nemo_moviegen.data.collate import limit_text
     from nemo_moviegen.data.latents import LatentReader
-    from nemo_moviegen.training.autoencoder import load_autoencoder
+    from nemo_moviegen.training.autoencoder_weights import load_autoencoder
     from nemo_moviegen.training.checkpoint import load_video_model
 
     if not wanted:

@@ -32,9 +32,9 @@ import torch
 
 from nemo_moviegen.tae.losses import squared_error
 from nemo_moviegen.training.autoencoder_step import ALWAYS
+from nemo_moviegen.training.autoencoder_weights import CHECKPOINT_FILE
 from nemo_moviegen.training.record import RunRecord, memory
 
-CHECKPOINT_FILE = "last.ckpt"
 HELDOUT_CLIPS = 16
 _HELDOUT_BATCH = 4
 

@@ -72,7 +72,7 @@ class Samples(pl.Callback):
         folder = self.recipe.progress.autoencoder
         if not (self.recipe.progress.samples_every and folder and _is_first_of_copy()):
             return
-        from nemo_moviegen.training.autoencoder import load_autoencoder
+        from nemo_moviegen.training.autoencoder_weights import load_autoencoder
 
         self.autoencoder = load_autoencoder(folder)
         channels = self.autoencoder.size.latent_channels

@@ -13,7 +13,7 @@ from ranks import run_on_ranks
 
 from nemo_moviegen.launch import check_inputs
 from nemo_moviegen.recipe import Bucket, ClipData, Layout, Optim, Progress, TaeRecipe, recipe_yaml
-from nemo_moviegen.training.autoencoder_folder import CHECKPOINT_FILE
+from nemo_moviegen.training.autoencoder_weights import CHECKPOINT_FILE
 from nemo_moviegen.training.checkpoint import checkpoints
 from nemo_moviegen.training.storage import read_whole, tensor_shapes
 from nemo_moviegen.validation import heldout_folder
