@@ -3,6 +3,7 @@
 Axis letters: T frames, P pairs of frames, H W height and width, C colour (RGB).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,20 @@ def narrowed(frame, width_px, pixels, is_rough=False) -> np.ndarray:
 
 def _resized(frame, scale, pixels, interpolation="AREA"):
     width, height = (max(2, round(side * scale)) for side in (frame.width, frame.height))
-    small = frame.reformat(width=width, height=height, format=pixels, interpolation=interpolation)
+    scaler = _scaler(frame.width, frame.height, frame.format.name, width, height, pixels, interpolation)
+    small = scaler.reformat(frame, width, height, pixels, interpolation=interpolation)
     return np.ascontiguousarray(_upright(small.to_ndarray(), frame))
+
+
+@functools.lru_cache(maxsize=16)
+def _scaler(*of):
+    """What makes pictures of one kind from another: its tables cost more than to scale a small frame.
+
+    A frame's own `reformat` builds them anew. Not for two threads at once.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
 
 
 def _upright(image_HW, frame):
